@@ -1,0 +1,267 @@
+"""The model's numbers, under their Hugging Face names. A model variant is a `Config` value, nothing else."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from glm_jax.errors import BadInput, MissingInput, UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The config.json fields the model uses. No field has a default that could hide a missing one.
+
+    Raises BadInput, naming the fields, when the numbers do not fit each other."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_nextn_predict_layers: int  # MTP layers, stored after the main ones
+    first_k_dense_replace: int  # layers before this one have a dense MLP instead of experts
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int  # not hidden_size / num_attention_heads: 128 where that would be 53.3
+    intermediate_size: int
+    moe_intermediate_size: int
+    n_routed_experts: int
+    n_shared_experts: int
+    num_experts_per_tok: int
+    n_group: int
+    topk_group: int
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+    rope_theta: float
+    partial_rotary_factor: float
+    max_position_embeddings: int
+    rms_norm_eps: float
+    attention_bias: bool  # biases of q, k and v; o has none
+    use_qk_norm: bool  # false in GLM-4.5-Air
+    tie_word_embeddings: bool
+    eos_token_id: tuple[int, ...]  # () means that nothing stops a generation
+    pad_token_id: int | None
+    dtype: jnp.dtype  # jnp.dtype("bfloat16"), not jnp.bfloat16: they are equal but hash differently
+
+    def __post_init__(self):
+        wrong = [problem for bad, problem in _conflicts(self) if bad]
+        if wrong:
+            raise BadInput("config: " + "; ".join(wrong))
+
+    @classmethod
+    def read(cls, source: "str | Path | Mapping[str, Any]") -> "Config":
+        """A Config from a folder, a config.json, or its dict; transformers 4 and 5 spell some fields differently and
+        both are read. Raises MissingInput without a config.json, BadInput for a missing or unknown field."""
+        if isinstance(source, Mapping):
+            return _parse(source, "config")
+        path = Path(source)
+        path = path / "config.json" if path.is_dir() else path
+        if not path.is_file():
+            raise MissingInput(f"{path}: no such file; a model folder needs a config.json")
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise BadInput(f"{path}: not JSON ({error})") from None
+        if not isinstance(raw, dict):
+            raise BadInput(f"{path}: holds a {type(raw).__name__}, not an object")
+        return _parse(raw, str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config.json of this model, in transformers' present spelling."""
+        fields = dataclasses.asdict(self)
+        rope = {name: fields.pop(name) for name in ("rope_theta", "partial_rotary_factor")}
+        eos = list(fields.pop("eos_token_id"))
+        return {
+            "architectures": ["Glm4MoeForCausalLM"],
+            "model_type": "glm4_moe",
+            **fields,
+            "dtype": self.dtype.name,
+            "eos_token_id": eos or None,
+            "hidden_act": "silu",
+            "rope_parameters": {"rope_type": "default", **rope},
+            # transformers before version 5 looks for these on top.
+            **rope,
+            "rope_scaling": None,
+            "attention_dropout": 0.0,
+            "initializer_range": 0.02,
+            "use_cache": True,
+        }
+
+    @property
+    def dense_layers(self) -> int:
+        return min(self.first_k_dense_replace, self.num_hidden_layers)
+
+    @property
+    def moe_layers(self) -> int:
+        return self.num_hidden_layers - self.dense_layers
+
+    @property
+    def rotary_dim(self) -> int:
+        return int(self.head_dim * self.partial_rotary_factor)
+
+
+def _conflicts(c: Config):
+    for field in dataclasses.fields(c):
+        value, least = getattr(c, field.name), 0 if field.name in _MAY_BE_ZERO else 1
+        if field.type is int:
+            yield not isinstance(value, int) or value < least, f"{field.name} is {value!r}, not an integer >= {least}"
+        elif field.type is float:
+            number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+            yield not number, f"{field.name} is {value!r}, not a number > 0"
+        elif field.type is bool:
+            yield not isinstance(value, bool), f"{field.name} is {value!r}, not true or false"
+    try:
+        heads, groups = c.num_attention_heads % c.num_key_value_heads, c.n_routed_experts % c.n_group
+        yield heads, f"num_attention_heads {c.num_attention_heads} is no multiple of {c.num_key_value_heads} KV heads"
+        yield groups, f"n_routed_experts {c.n_routed_experts} is no multiple of n_group {c.n_group}"
+        yield c.topk_group > c.n_group, f"topk_group {c.topk_group} is more than n_group {c.n_group}"
+        room = c.n_routed_experts // c.n_group * c.topk_group
+        yield (
+            c.num_experts_per_tok > room,
+            f"num_experts_per_tok {c.num_experts_per_tok} is more than the {room} experts of {c.topk_group} groups",
+        )
+        yield (
+            c.rotary_dim % 2 or not 0 < c.rotary_dim <= c.head_dim,
+            f"partial_rotary_factor {c.partial_rotary_factor} of head_dim {c.head_dim} is {c.rotary_dim}, "
+            f"not an even number from 2 to {c.head_dim}",
+        )
+    except (TypeError, ZeroDivisionError):
+        pass  # a field above is no number, and is named there
+
+
+_MAY_BE_ZERO = ("first_k_dense_replace", "num_nextn_predict_layers")
+_DTYPES = ("bfloat16", "float32")
+# What the file may say about behaviour, and the only values that this model has. A file that says something else is
+# refused: it is another model. Absent is fine, these are not numbers of the model.
+_BEHAVIOUR = {
+    "model_type": ("glm4_moe",),
+    "hidden_act": ("silu",),
+    "rope_scaling": (None,),
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
+    "sliding_window": (None,),
+    "attention_dropout": (0, 0.0),
+    "mlp_bias": (False,),
+}
+
+
+def _parse(raw: Mapping[str, Any], where: str) -> Config:
+    for name, allowed in _BEHAVIOUR.items():
+        if name in raw and raw[name] not in allowed:
+            raise BadInput(f"{where}: {name} is {raw[name]!r}, this model only has {' or '.join(map(repr, allowed))}")
+    if "model_type" not in raw:
+        raise BadInput(f"{where}: no model_type; a GLM-4.5, 4.6 or 4.7 says glm4_moe")
+    values = dict(raw)
+    rope = raw.get("rope_parameters")
+    if rope is not None:  # transformers 5 moved the two rope numbers in here
+        if not isinstance(rope, Mapping) or rope.get("rope_type", "default") != "default":
+            raise BadInput(f"{where}: rope_parameters is {rope!r}, this model only has rope_type 'default'")
+        unknown = set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+        if unknown:
+            raise BadInput(f"{where}: rope_parameters has {', '.join(sorted(unknown))}, which this model does not know")
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if name in rope:
+                if name in raw and raw[name] != rope[name]:
+                    raise BadInput(f"{where}: {name} is {raw[name]!r}, but {rope[name]!r} in rope_parameters")
+                values[name] = rope[name]
+    if "quantization_config" in raw:
+        method = raw["quantization_config"]
+        method = method.get("quant_method") if isinstance(method, Mapping) else method
+        raise BadInput(f"{where}: quantised weights ({method}) cannot be loaded yet; take the BF16 folder")
+    dtypes = {raw[name] for name in ("dtype", "torch_dtype") if raw.get(name) is not None}
+    if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
+        found = " and ".join(map(repr, sorted(map(str, dtypes)))) or "missing"
+        raise BadInput(f"{where}: dtype (torch_dtype in older files) is {found}, not one of {', '.join(_DTYPES)}")
+    values["dtype"] = jnp.dtype(dtypes.pop())
+    eos = raw.get("eos_token_id")
+    values["eos_token_id"] = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+    values.setdefault("pad_token_id", None)
+    values.setdefault("num_nextn_predict_layers", 0)  # absent in files without such a layer
+    names = [field.name for field in dataclasses.fields(Config)]
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise BadInput(f"{where}: no {', '.join(missing)}; these have no default that would be right for every GLM")
+    try:
+        return Config(**{name: values[name] for name in names})
+    except BadInput as error:
+        raise BadInput(str(error).replace("config", where, 1)) from None
+
+
+_GLM_4_6 = dict(
+    vocab_size=151552,
+    hidden_size=5120,
+    num_hidden_layers=92,
+    num_nextn_predict_layers=1,
+    first_k_dense_replace=3,
+    num_attention_heads=96,
+    num_key_value_heads=8,
+    head_dim=128,
+    intermediate_size=12288,
+    moe_intermediate_size=1536,
+    n_routed_experts=160,
+    n_shared_experts=1,
+    num_experts_per_tok=8,
+    n_group=1,
+    topk_group=1,
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+    rope_theta=1000000,
+    partial_rotary_factor=0.5,
+    max_position_embeddings=202752,
+    rms_norm_eps=1e-5,
+    attention_bias=True,
+    use_qk_norm=True,
+    tie_word_embeddings=False,
+    eos_token_id=(151329, 151336, 151338),
+    pad_token_id=151329,
+    dtype=jnp.dtype("bfloat16"),
+)
+_AIR = dict(
+    hidden_size=4096,
+    num_hidden_layers=46,
+    first_k_dense_replace=1,
+    intermediate_size=10944,
+    moe_intermediate_size=1408,
+    n_routed_experts=128,
+    routed_scaling_factor=1.0,
+    max_position_embeddings=131072,
+    use_qk_norm=False,
+)
+PRESETS = {
+    "glm-4.5": Config(**_GLM_4_6 | {"max_position_embeddings": 131072}),
+    "glm-4.5-air": Config(**_GLM_4_6 | _AIR),
+    "glm-4.6": Config(**_GLM_4_6),
+    "glm-4.7": Config(**_GLM_4_6),
+}
+
+
+def preset(name: str) -> Config:
+    """The Config of a published model: glm-4.5, glm-4.5-air, glm-4.6 or glm-4.7."""
+    if name.lower() not in PRESETS:
+        raise UsageError(f"no preset {name!r}, there are {', '.join(PRESETS)}")
+    return PRESETS[name.lower()]
+
+
+def tiny(**changes: Any) -> Config:
+    """A Config small enough for a test, in float32; every dimension divides by 4, and heads times width is not the
+    hidden size."""
+    small = dict(
+        vocab_size=128,
+        hidden_size=64,
+        num_hidden_layers=4,
+        first_k_dense_replace=1,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=16,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        max_position_embeddings=512,
+        eos_token_id=(),
+        pad_token_id=None,
+        dtype=jnp.dtype("float32"),
+    )
+    return Config(**_GLM_4_6 | small | changes)
