@@ -253,7 +253,7 @@ def tree(tmp_path: Path):
 
 
 def test_a_sound_tree_passes(tree):
-    root = tree("README.md", "see ~/work/notes and https://example.org/root/x\n")
+    root = tree("README.md", "see ~/home/notes and https://example.org/root/x\n")
     assert [f for check in (ladder_faults, package_faults, name_faults, marker_faults) for f in check(root)] == []
     assert [f for f in path_faults(root)] == []
 
