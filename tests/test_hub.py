@@ -1,0 +1,240 @@
+"""What `fetch` asks of huggingface_hub, and what each of its failures becomes. Nothing here touches the network."""
+
+import errno
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pytest
+from huggingface_hub import constants, errors
+from huggingface_hub.utils import filter_repo_objects
+
+from glm_jax.convert.hub import WANTED, fetch
+from glm_jax.convert.safetensors import read_folder, write
+from glm_jax.errors import BadInput, MissingInput, NoSpace, UsageError
+
+GB = 10**9
+REPO = {"config.json": 1000, "model-00001-of-00002.safetensors": 5 * GB, "mtp.safetensors": GB}
+
+
+class Hub:
+    """Stands for snapshot_download: records its calls, and answers or fails as the test says."""
+
+    def __init__(self, folder: Path, files=None, cached=(), plan_error=None, error=None):
+        self.calls = []
+        self.folder, self.files, self.cached = folder, REPO if files is None else files, cached
+        self.plan_error, self.error = plan_error, error
+
+    def __call__(self, repo, **kwargs):
+        self.calls.append((repo, kwargs))
+        if kwargs.get("dry_run"):
+            if self.plan_error:
+                raise self.plan_error
+            return [
+                SimpleNamespace(filename=name, file_size=size, will_download=name not in self.cached)
+                for name, size in self.files.items()
+            ]
+        if self.error:
+            raise self.error
+        return str(self.folder)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    def install(free=1000 * GB, online=True, **kwargs) -> Hub:
+        made = Hub(tmp_path, **kwargs)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", made)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", not online)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "not" / "yet" / "hub"))
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+        return made
+
+    return install
+
+
+def failure(kind: type[Exception], *parts: str, **kwargs) -> str:
+    with pytest.raises(kind) as error:
+        fetch("zai-org/GLM-4.6", **kwargs)
+    text = str(error.value)
+    assert text.isprintable() and text.startswith("zai-org/GLM-4.6")
+    for part in parts:
+        assert part in text
+    return text
+
+
+def http(status: int) -> Any:
+    return SimpleNamespace(headers={}, request=None, status_code=status)
+
+
+# ---- a folder here, or a name there
+
+
+def test_a_path_that_exists_wins(hub, tmp_path, monkeypatch):
+    made = hub()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "zai-org" / "GLM-4.6").mkdir(parents=True)
+    here = Path("zai-org/GLM-4.6")
+    assert fetch("zai-org/GLM-4.6") == fetch(here) == here
+    assert fetch("~/zai-org/GLM-4.6") == tmp_path / here
+    assert fetch(str(tmp_path)) == fetch(tmp_path) == tmp_path
+    assert fetch(".") == Path(".")
+    assert made.calls == []
+    with pytest.raises(UsageError, match="zai-org/GLM-4.6: a folder on this machine has no revision 'v1'"):
+        fetch("zai-org/GLM-4.6", revision="v1")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["./a", "../a", "/a", "/a/b", "~/a", "~nobody-of-this-name/a", "a/", "a/b/", "a/b/c", "a", "glm-4.6"]
+    + ["", "a\\b", "a/b c", "a/..", "a/.b", "-a/b", "a//b", "a/b\n", "http://x", "a/b.git", "a/b-", "a/b--c"]
+    + ["a/" + "b" * 97, "\0/a", "x" * 5000, Path("zai-org/GLM-4.6")],
+)  # fmt: skip
+def test_what_is_no_hub_id_is_never_downloaded(name, hub, tmp_path, monkeypatch):
+    made = hub()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(MissingInput, match="no such folder") as error:
+        fetch(name)
+    assert str(error.value).isprintable()
+    assert made.calls == []
+
+
+# ---- a download
+
+
+def test_the_plan_comes_first_and_then_the_download(hub, tmp_path):
+    made = hub()
+    assert fetch("zai-org/GLM-4.6", revision="v1", token="secret") == tmp_path
+    (repo, plan), (again, call) = made.calls
+    assert repo == again == "zai-org/GLM-4.6"
+    for kwargs in (plan, call):
+        assert kwargs["revision"] == "v1" and kwargs["token"] == "secret"
+        assert not kwargs.get("local_files_only")
+    assert plan["dry_run"] and not call.get("dry_run")
+    call.pop("local_files_only")
+    assert {**plan, "dry_run": 0} == {**call, "dry_run": 0}
+
+
+def test_only_weights_configuration_and_tokenizer_are_wanted(hub):
+    made = hub()
+    fetch("zai-org/GLM-4.6")
+    wanted = ["config.json", "model-00001-of-00093.safetensors", "mtp.safetensors", "model.safetensors.index.json"]
+    wanted += ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"]
+    refused = ["pytorch_model.bin", "model.pt", "x.pth", "x.pkl", "x.gguf", "modeling_glm.py", "tokenization_glm.py"]
+    refused += ["README.md", "original/model.safetensors", "fp8/config.json", "run.sh", "resources/x.jpeg"]
+    patterns = {key: made.calls[1][1][key] for key in ("allow_patterns", "ignore_patterns")}
+    assert list(filter_repo_objects(wanted + refused, **patterns)) == wanted
+    assert patterns["allow_patterns"] == WANTED
+
+
+def test_space_counts_what_is_not_in_the_cache(hub, tmp_path):
+    made = hub(free=6 * GB)
+    text = failure(
+        NoSpace, "6,000,001,000 bytes are to be downloaded (6.0 GB)", "6,000,000,000 are free", "1,000 short"
+    )
+    assert "HF_HOME" in text and str(tmp_path / "not" / "yet" / "hub") in text
+    assert len(made.calls) == 1  # nothing was downloaded
+    hub(free=6 * GB, cached=["config.json"])
+    assert fetch("zai-org/GLM-4.6") == tmp_path
+    hub(free=0, cached=list(REPO))
+    assert fetch("zai-org/GLM-4.6") == tmp_path
+    hub(free=GB, files={"model.safetensors": None})  # a size that the Hub does not say
+    assert fetch("zai-org/GLM-4.6") == tmp_path
+
+
+def test_a_repository_without_safetensors(hub):
+    made = hub(files={"config.json": 1})
+    failure(BadInput, "(revision v1)", "no .safetensors files", revision="v1")
+    assert len(made.calls) == 1
+
+
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_offline_asks_the_cache_alone(by, hub, tmp_path):
+    made = hub(online=by == "argument", free=0)
+    assert fetch("zai-org/GLM-4.6", offline=by == "argument") == tmp_path
+    assert [kwargs["local_files_only"] for _, kwargs in made.calls] == [True]
+    hub(online=by == "argument", error=errors.LocalEntryNotFoundError("long\nstory"))
+    failure(MissingInput, "not complete in the cache, and offline", "HF_HUB_OFFLINE", offline=by == "argument")
+
+
+def test_without_a_network_a_complete_cache_will_do(hub, tmp_path):
+    made = hub(plan_error=errors.DryRunError("no network"))
+    assert fetch("zai-org/GLM-4.6") == tmp_path
+    assert len(made.calls) == 2
+    hub(plan_error=errors.DryRunError("no network"), error=errors.LocalEntryNotFoundError("long\nstory"))
+    failure(MissingInput, "the Hub cannot be reached, and the cache has no complete copy")
+
+
+def status(code: int):
+    return errors.HfHubHTTPError(f"{code}\nfor https://x?Signature=s", response=http(code))
+
+
+def gated():
+    return errors.GatedRepoError("403\nlong", response=http(403))
+
+
+def refused():
+    error = errors.LocalEntryNotFoundError("long\nstory")
+    error.__cause__ = status(403)
+    return error
+
+
+FAILURES = {
+    "no such repository": (
+        lambda: errors.RepositoryNotFoundError("404\nx", response=http(404)),
+        "none of that name on",
+    ),
+    "gated": (gated, "accept its terms at https://huggingface.co/zai-org/GLM-4.6"),
+    "no such revision": (lambda: errors.RevisionNotFoundError("404\nx", response=http(404)), "this revision is not"),
+    "token refused": (lambda: status(401), "HTTP 401: the token is wrong"),
+    "token refused, as the cache sees it": (refused, "HTTP 403: the token is wrong"),
+    "the Hub is down": (
+        lambda: errors.HfHubHTTPError("503 https://x?Signature=s", response=http(503)),
+        "HTTP 503: try",
+    ),
+    "cut off": (lambda: ConnectionResetError(104, "Connection reset by peer"), "(ConnectionResetError: [Errno 104]"),
+    "timed out": (lambda: TimeoutError("read\ntimed out"), "the download failed (TimeoutError: read)"),
+    "something of a library below": (lambda: RuntimeError(""), "the download failed (RuntimeError: ): run it again"),
+}
+
+
+@pytest.mark.parametrize("error, says", FAILURES.values(), ids=FAILURES)
+@pytest.mark.parametrize("when", ["plan_error", "error"])
+def test_every_failure_is_one_line(error, says, when, hub):
+    hub(**{when: error()})
+    text = failure(MissingInput, says)
+    assert "Signature" not in text
+
+
+def test_a_disk_that_fills_up_on_the_way(hub):
+    hub(error=OSError(errno.ENOSPC, "No space left on device"))
+    failure(NoSpace, "is full: make room or set HF_HOME")
+
+
+def test_ctrl_c_is_not_swallowed(hub):
+    hub(error=KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        fetch("zai-org/GLM-4.6")
+
+
+def test_the_real_library_finds_a_cached_snapshot_that_the_reader_accepts(tmp_path, monkeypatch):
+    """Not mocked: huggingface_hub in offline mode, on a cache as it lays it out."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    failure(MissingInput, "not complete in the cache, and offline")
+    repo, commit, blob = tmp_path / "models--zai-org--GLM-4.6", "c" * 40, "1" * 64
+    for folder in ("blobs", "refs", f"snapshots/{commit}"):
+        (repo / folder).mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    write(repo / "blobs" / blob, {"x": np.arange(4, dtype=np.float32)})
+    huggingface_hub.file_download._create_symlink(
+        str(repo / "blobs" / blob), str(repo / "snapshots" / commit / "model.safetensors")
+    )
+    folder = fetch("zai-org/GLM-4.6")
+    assert folder == repo / "snapshots" / commit and (folder / "model.safetensors").is_symlink()
+    np.testing.assert_array_equal(read_folder(folder)["x"].read(), range(4))
+    failure(MissingInput, "(revision v2)", "not complete in the cache", revision="v2")
