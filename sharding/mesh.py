@@ -35,6 +35,11 @@ def mesh(spec: "str | Mesh | AbstractMesh", devices=None) -> "Mesh | AbstractMes
     return Mesh(np.asarray(devices[:wanted]).reshape(shape), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
+def auto(mesh: Mesh) -> Mesh:
+    """The same devices with axes that XLA shards by itself: for arrays that leave the model for the user's own code."""
+    return Mesh(mesh.devices, mesh.axis_names)
+
+
 def describe(mesh: "Mesh | AbstractMesh") -> str:
     """`expert=4,tensor=2`: the axes above size 1, as `--mesh` takes them; `data=1` for a single device."""
     return ",".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1) or "data=1"

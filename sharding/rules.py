@@ -18,7 +18,6 @@ class Rules:
 
     batch: Axis = ("data", "expert")  # attention runs data-parallel over `expert` too, or every group repeats it
     seq: Axis = None
-    embed: Axis = None  # the model width of the weights; over "data" the weights are split as in FSDP
     heads: Axis = "tensor"  # query and key/value heads alike: a query head must sit with the KV head it reads
     experts: Axis = "expert"
     ffn: Axis = "tensor"  # the inner width of every MLP and expert

@@ -1,0 +1,8 @@
+"""The routed experts' matmuls. Arrays in, arrays out: no mesh, no rule and no config comes in here.
+
+Inside a `shard_map` every array is one device's share. Shapes: T tokens, k experts a token, L layers, E experts,
+D model width, F expert width, M rows, N and K the sides of a matmul."""
+
+from glm_jax.kernels.grouped_matmul import grouped_matmul, routed_experts
+
+__all__ = ["grouped_matmul", "routed_experts"]

@@ -1,0 +1,65 @@
+"""The training loss: next-token cross-entropy, and the MTP layer's."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from glm_jax.errors import UsageError
+from glm_jax.model import GLM, in_mesh
+
+
+def loss(model: GLM, ids, mask=None, mtp_weight: float = 0.0, remat: bool = True):
+    """The mean cross-entropy in nats of ids [B, T] given the tokens before, and what else a training run looks at.
+
+    `mask [B, T]` says which tokens count as targets (default all; the first never does). With `mtp_weight` above 0 the
+    MTP layer's loss, on the token after the next, is added with that weight. `remat` recomputes each layer in the
+    backward pass instead of keeping its activations. To be differentiated, inside jit or not.
+
+    Returns the scalar and a dict: "loss" and "mtp_loss" (nats a token), "tokens" (targets counted), "load" [L, E] and
+    "mtp_load" [1, E] (tokens each expert got; every token counts, masked or not)."""
+    ids = jnp.asarray(ids)
+    if ids.ndim != 2 or ids.shape[1] < 2 + (mtp_weight > 0):
+        raise UsageError(f"ids must be [batch, tokens] with a next token to predict, its shape is {ids.shape}")
+    if mtp_weight > 0 and model.mtp is None:
+        raise UsageError(f"mtp_weight is {mtp_weight}, but this model has no MTP layer")
+    graph, state = nnx.split(model)
+    mask = jnp.ones(ids.shape, bool) if mask is None else jnp.asarray(mask)
+    return _loss(graph, state, ids, mask, float(mtp_weight), remat)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+@in_mesh
+def _loss(model, ids, mask, mtp_weight, remat):
+    rules, c = model.rules, model.config
+    ids, mask = (jax.reshard(a, rules("batch", "seq")) for a in (ids, mask))
+    collect = ("routing",) if c.moe_layers else ()
+    hidden, _, found = model.trunk(ids, collect=collect, scan_experts=True, remat=remat)
+    mean, count = cross_entropy(model.logits(hidden)[:, :-1], ids[:, 1:], mask[:, 1:])
+    metrics = {"loss": mean, "tokens": count}
+    if collect:
+        metrics["load"] = expert_load(found["routing"][0], c.n_routed_experts)
+    if mtp_weight == 0:
+        return mean, metrics
+    hidden, routing = model.mtp_hidden(ids, hidden, scan_experts=True)
+    # Its state i has seen token i+1 and predicts token i+2.
+    mtp, _ = cross_entropy(model.logits(hidden)[:, :-1], ids[:, 2:], mask[:, 2:])
+    metrics |= {"mtp_loss": mtp, "mtp_load": expert_load(routing[0], c.n_routed_experts)}
+    return mean + mtp_weight * mtp, metrics
+
+
+def cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"], mask: Int[Array, "B T"]):
+    """The mean of -log p(target) over the masked-in places, in float32, and how many they are. Called while tracing."""
+    logits = logits.astype(jnp.float32)
+    # A sum over a comparison, not a look-up: the vocabulary may be sharded, and this fuses.
+    chosen = jnp.where(targets[..., None] == jnp.arange(logits.shape[-1]), logits, 0).sum(-1)
+    nats = jax.nn.logsumexp(logits, -1) - chosen
+    count = mask.sum()
+    return (nats * mask).sum() / jnp.maximum(count, 1), count
+
+
+def expert_load(ids: Int[Array, "L B T k"], experts: int) -> Int[Array, "L E"]:
+    """How many tokens each expert of each layer got."""
+    return (ids[..., None] == jnp.arange(experts)).sum((1, 2, 3), dtype=jnp.int32)

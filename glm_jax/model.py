@@ -1,0 +1,496 @@
+"""GLM-4.5, 4.6 and 4.7: embedding, dense layers, mixture-of-experts layers, head, and the MTP layer.
+
+Dimensions: B batch, T new tokens, S cache slots, D model width, N query heads, K key/value heads, H head width,
+R rotated part of a head, E experts, k experts a token, F inner width, V vocabulary, L layers.
+Weights keep the checkpoint's [out, in] orientation, stacked over layers (and experts) in front.
+
+Shardings are explicit: a sum over a sharded dimension names its result's sharding, and a missing one is an error while
+tracing. Two islands are `shard_map`s, attention and routed experts; kernels are called only there."""
+
+import functools
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from glm_jax import kernels
+from glm_jax.cache import Cache, write
+from glm_jax.config import Config
+from glm_jax.errors import UsageError
+from glm_jax.sharding import Rules, auto, describe, mesh_axes
+from glm_jax.sharding import mesh as make_mesh
+from glm_jax.sharding import rules as make_rules
+
+FLOAT32 = jnp.dtype("float32")
+
+
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "... D"]:
+    """RMSNorm in float32, cast to x's dtype before the weight is applied, as the published model does."""
+    y = x.astype(jnp.float32)
+    return (y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)).astype(x.dtype) * scale
+
+
+def rope_angles(positions: Int[Array, "B T"], config: Config) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [B, T, 1, R/2] of the rotary angles, in float32.
+
+    The frequencies are rounded to float32 step by step as the reference rounds them: at position 202,751 one unit in
+    their last place is already 1e-2 radians."""
+    R = config.rotary_dim
+    exponent = (np.arange(0, R, 2, dtype=np.float32) / np.float32(R)).astype(np.float64)
+    power = (np.float64(config.rope_theta) ** exponent).astype(np.float32)
+    frequency = np.float32(1) / power
+    angle = positions.astype(jnp.float32)[:, :, None, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rope(x: Float[Array, "B T N H"], angles: tuple[jax.Array, jax.Array]) -> Float[Array, "B T N H"]:
+    """Rotates the pairs (j, j + R/2) of the first R entries of each head; the rest passes through."""
+    cos, sin = (a.astype(x.dtype) for a in angles)
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
+def attention(
+    q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], positions: Int[Array, "B T"]
+) -> Float[Array, "B T N H"]:
+    """Causal attention of queries at `positions` over slots 0, 1, ...: query head n reads KV head n // (N / K)."""
+    (B, T, N, H), K = q.shape, k.shape[1]
+    q = q.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("btkgh,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * H**-0.5
+    seen = jnp.arange(k.shape[2]) <= positions[:, None, None, :, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), -1).astype(v.dtype)
+    return jnp.einsum("bkgts,bksh->btkgh", weights, v).reshape(B, T, N, H)
+
+
+def route(
+    x: Float[Array, "T D"], router: Float[Array, "E D"], bias: Float[Array, "E"], config: Config
+) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
+    """Which experts each token goes to, and the weight of each, in float32 throughout.
+
+    The correction bias moves the choice and never the weight. Whole groups outside the best `topk_group`, by the sum
+    of their two best experts, are out."""
+    c = config
+    logits = jnp.einsum(
+        "td,ed->te", x.astype(jnp.float32), router.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )
+    scores = jax.nn.sigmoid(logits)
+    choice = scores + bias
+    if c.n_group > 1:
+        grouped = choice.reshape(-1, c.n_group, c.n_routed_experts // c.n_group)
+        best_two = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0].sum(-1)
+        _, kept = jax.lax.top_k(best_two, c.topk_group)
+        kept = (kept[:, :, None] == jnp.arange(c.n_group)).any(1)
+        choice = jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
+    _, ids = jax.lax.top_k(choice, c.num_experts_per_tok)
+    share = jnp.take_along_axis(scores, ids, -1)
+    if c.norm_topk_prob:
+        share = share / (share.sum(-1, keepdims=True) + 1e-20)
+    return ids, share * c.routed_scaling_factor
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: Config, weight, L: int):
+        c = config
+        D, N, K, H = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q = weight((L, N, H, D), "heads", None, None)
+        self.k = weight((L, K, H, D), "heads", None, None)
+        self.v = weight((L, K, H, D), "heads", None, None)
+        self.o = weight((L, D, N, H), None, "heads", None)
+        if c.attention_bias:
+            self.q_bias = weight((L, N, H), "heads", None)
+            self.k_bias = weight((L, K, H), "heads", None)
+            self.v_bias = weight((L, K, H), "heads", None)
+        if c.use_qk_norm:
+            self.q_norm, self.k_norm = weight((L, H), None), weight((L, H), None)
+
+    def __call__(self, x, step: "Step", cache: Cache | None, layer):  # x [B, T, D]
+        c, rules = step.config, step.rules
+        q, k, v = (jnp.einsum("btd,nhd->btnh", x, w[...]) for w in (self.q, self.k, self.v))
+        if c.attention_bias:
+            q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+        if c.use_qk_norm:
+            q, k = rms_norm(q, self.q_norm[...], c.rms_norm_eps), rms_norm(k, self.k_norm[...], c.rms_norm_eps)
+        q, k = rope(q, step.angles), rope(k, step.angles)
+
+        if cache is None:
+
+            @jax.shard_map(out_specs=rules("batch", "seq", "heads", None))
+            def attend(q, k, v, positions):
+                return attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), positions)
+
+            y = attend(q, k, v, step.positions - step.positions[:, :1])
+        else:
+            spec = rules(None, "batch", "heads", "seq", None)
+
+            @jax.shard_map(out_specs=(rules("batch", "seq", "heads", None), spec, spec))
+            def attend(q, k, v, positions, ck, cv, layer):
+                ck, cv = write(ck, k, layer, positions[:, 0]), write(cv, v, layer, positions[:, 0])
+                return attention(q, ck[layer], cv[layer], positions), ck, cv
+
+            y, ck, cv = attend(q, k, v, step.positions, cache.k, cache.v, layer)
+            cache = Cache(ck, cv, cache.length)
+        y = jnp.einsum("btnh,dnh->btd", y, self.o[...], out_sharding=rules("batch", "seq", None))
+        return y, cache
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: Config, weight, L: int, F: int):
+        self.gate_up = weight((L, 2, F, config.hidden_size), None, "ffn", None)
+        self.down = weight((L, config.hidden_size, F), None, "ffn")
+
+    def __call__(self, x, step: "Step"):  # x [B, T, D]
+        h = jnp.einsum("btd,cfd->btcf", x, self.gate_up[...])
+        h = jax.nn.silu(h[:, :, 0]) * h[:, :, 1]
+        return jnp.einsum("btf,df->btd", h, self.down[...], out_sharding=step.rules("batch", "seq", None))
+
+
+class MoE(nnx.Module):
+    def __init__(self, config: Config, weight, L: int):
+        D, E, F = config.hidden_size, config.n_routed_experts, config.moe_intermediate_size
+        self.router = weight((L, E, D), None, None)
+        self.bias = weight((L, E), None, dtype=FLOAT32)  # e_score_correction_bias; in bfloat16 it picks other experts
+        self.gate_up = weight((L, E, 2, F, D), "experts", None, "ffn", None)
+        self.down = weight((L, E, D, F), "experts", None, "ffn")
+        self.shared = MLP(config, weight, L, F * config.n_shared_experts)
+
+    def __call__(self, x, step: "Step", layer):  # x [B, T, D] -> the same, and ids [B, T, k], share [B, T, k]
+        c, rules = step.config, step.rules
+        tokens_spec = rules("batch", "seq", None)
+        own = tuple(a for a in mesh_axes([rules.experts]) if a in mesh_axes([rules.batch]))
+        summed = tuple(a for a in mesh_axes([rules.experts, rules.ffn]) if a not in own)
+        gate_up, down = self.gate_up[...], self.down[...]
+        if gate_up.ndim == 4:  # this layer's own experts, a slice that the scan made: a stack of one
+            gate_up, down, layer = gate_up[None], down[None], jnp.zeros_like(layer)
+
+        # Per device: its own tokens choose, the tokens of its expert group come together, its own experts work on them,
+        # and each device gets the sum for its own tokens back.
+        @jax.shard_map(out_specs=(tokens_spec,) * 3)
+        def routed(x, router, bias, gate_up, down, layer):
+            tokens = x.reshape(-1, x.shape[-1])
+            ids, share = chosen = route(tokens, router, bias, c)
+            for axis in reversed(own):
+                tokens, ids, share = (jax.lax.all_gather(a, axis, tiled=True) for a in (tokens, ids, share))
+            first = jax.lax.axis_index(rules.experts) * down.shape[1] if rules.experts else 0
+            y = kernels.routed_experts(tokens, ids - first, share, gate_up, down, layer)
+            y = jax.lax.psum(y, summed)
+            for axis in own:
+                y = jax.lax.psum_scatter(y, axis, tiled=True)
+            return y.reshape(x.shape).astype(x.dtype), *(a.reshape(*x.shape[:2], -1) for a in chosen)
+
+        y, ids, share = routed(x, self.router[...], self.bias[...], gate_up, down, layer)
+        return y + self.shared(x, step), (ids, share)
+
+
+class Layer(nnx.Module):
+    """A stack of L alike layers; called inside the layer scan, where L is gone."""
+
+    def __init__(self, config: Config, weight, L: int, moe: bool):
+        self.attn_norm, self.attn = weight((L, config.hidden_size), None), Attention(config, weight, L)
+        self.mlp_norm = weight((L, config.hidden_size), None)
+        self.mlp = MoE(config, weight, L) if moe else MLP(config, weight, L, config.intermediate_size)
+
+    def __call__(self, x, step: "Step", cache, cache_layer, expert_layer):
+        eps = step.config.rms_norm_eps
+        y, cache = self.attn(rms_norm(x, self.attn_norm[...], eps), step, cache, cache_layer)
+        x = x + y
+        y, routing = rms_norm(x, self.mlp_norm[...], eps), None
+        if isinstance(self.mlp, MoE):
+            y, routing = self.mlp(y, step, expert_layer)
+        else:
+            y = self.mlp(y, step)
+        return x + y, cache, routing
+
+
+class MTP(nnx.Module):
+    """The layer that drafts the token after the next (multi-token prediction). Embedding and head are the main ones."""
+
+    def __init__(self, config: Config, weight):
+        D = config.hidden_size
+        self.enorm, self.hnorm, self.norm = weight((D,)), weight((D,)), weight((D,))
+        self.eh_proj = weight((D, 2 * D), stacked=False)
+        self.layer = Layer(config, weight, 1, moe=True)  # always with experts, whatever first_k_dense_replace says
+
+
+class Step:
+    """What every layer of one forward pass shares. Lives only while tracing."""
+
+    def __init__(self, config: Config, rules: Rules, positions):
+        self.config, self.rules, self.positions = config, rules, positions
+        self.angles = rope_angles(positions, config)
+
+
+class GLM(nnx.Module):
+    """The model. `logits, cache = model(ids)`.
+
+    `GLM(config)` has random weights (`seed`), spread over `mesh` by `rules`; with `seed=None` the weights stay
+    abstract, shapes and shardings only. `mesh` is a text as "expert=4,tensor=2", a Mesh, or None for one device."""
+
+    def __init__(self, config: Config, mesh=None, rules: "str | Rules" = "ep", seed: int | None = 0):
+        self.config, self.rules, self.mesh = config, make_rules(rules), make_mesh(mesh or "")
+        check_mesh(config, self.mesh, self.rules)
+        D, weight = config.hidden_size, functools.partial(_weight, self)
+        self.embed = weight((config.vocab_size, D), "vocab", None, stacked=False)
+        self.dense = Layer(config, weight, config.dense_layers, moe=False) if config.dense_layers else None
+        self.moe = Layer(config, weight, config.moe_layers, moe=True) if config.moe_layers else None
+        self.norm = weight((D,))
+        self.head = None if config.tie_word_embeddings else weight((config.vocab_size, D), "vocab", None, stacked=False)
+        self.mtp = MTP(config, weight) if config.num_nextn_predict_layers else None
+        if seed is not None:
+            fill(self, functools.partial(_noise, seed))
+
+    def __call__(self, ids, cache: Cache | None = None):
+        """ids [B, T], a list or an array of integers -> logits [B, T, V] in the model's dtype, and the longer cache
+        (None if none was given). Compiled once per shape bucket; needs no ambient mesh; may be called inside jit and
+        grad. Raises UsageError for ids that are no table of tokens, or more tokens than the cache has room for."""
+        is_traced = lambda tree: any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(tree))
+        if not is_traced(ids):
+            ids = _checked(ids, self.config.vocab_size)
+        B, T = ids.shape
+        rows, width = round_up(B, batch_shards(self)), bucket(T)
+        if cache is not None:
+            if cache.length.shape[0] != B:
+                raise UsageError(f"ids has {B} rows, the cache {cache.length.shape[0]}")
+            if not is_traced(cache.length):
+                _check_room(int(np.max(cache.length)), T, cache.size)
+        ids = (jnp if is_traced(ids) else np).pad(ids, ((0, rows - B), (0, width - T)))
+        # Placed, so that no part of the computation is left without an array that says which devices it runs on.
+        ids = jax.device_put(ids, jax.NamedSharding(self.mesh, self.rules("batch", "seq")))
+        graph, state = nnx.split(self)
+        advance = np.full(rows, T, np.int32)
+        logits, cache = _call(graph, state, ids, cache, advance, is_traced(self))
+        if jax.sharding.get_abstract_mesh().empty:
+            # The same bytes under a mesh whose axes do not ask the caller to spell every sharding.
+            spec = self.rules("batch", "seq", "vocab")
+            logits = jax.device_put(logits, jax.NamedSharding(auto(self.mesh), spec))
+        elif rows != B:
+            logits = jax.reshard(logits, self.rules(None, "seq", "vocab"))
+        return (logits if (rows, width) == (B, T) else logits[:B, :T]), cache
+
+    def cache(self, batch: int, size: int) -> Cache:
+        """An empty cache of `size` tokens for `batch` rows; the batch must divide by the mesh axes it is cut over."""
+        parts = batch_shards(self)
+        if batch % parts:
+            raise UsageError(f"a cache of {batch} rows cannot be cut into {parts} parts: take {round_up(batch, parts)}")
+        return Cache.empty(self.config, self.rules, self.mesh, batch, size)
+
+    def mtp_logits(self, ids, hidden):
+        """ids [B, T] and the states [B, T, D] after the final norm -> logits [B, T-1, V]: at i the token i+2, from the
+        state of token i and the embedding of token i+1."""
+        if self.mtp is None:
+            raise UsageError("this model has no MTP layer (num_nextn_predict_layers is 0, or the folder holds none)")
+        graph, state = nnx.split(self)
+        return _mtp_logits(graph, state, jnp.asarray(ids), hidden)
+
+    # The functions below are called while tracing, under the model's mesh: see `in_mesh`.
+
+    def trunk(self, ids, cache=None, advance=None, collect=(), scan_experts=False, remat=False):
+        """ids [B, T] -> states [B, T, D] after the final norm, the cache with `advance` [B] more tokens, and what
+        `collect` names: "hidden" [L, B, T, D] (each layer's output), "routing" (ids, share) [L, B, T, k]."""
+        rules, c = self.rules, self.config
+        ids = jax.reshard(ids, rules("batch", "seq"))
+        start = jnp.zeros(ids.shape[0], jnp.int32) if cache is None else cache.length
+        start = jax.reshard(start, rules("batch"))
+        positions = start[:, None] + jnp.arange(ids.shape[1], dtype=jnp.int32)
+        step = Step(c, rules, jax.reshard(positions, rules("batch", "seq")))
+        x = self.embed[...].at[ids].get(out_sharding=rules("batch", "seq", None))
+        found: dict[str, list[Any]] = {name: [] for name in collect}
+        for stack, first in ((self.dense, 0), (self.moe, c.dense_layers)):
+            if stack is None:
+                continue
+            x, cache, outputs = scan_layers(stack, x, step, cache, first, collect, scan_experts, remat)
+            for name, output in outputs.items():
+                if output is not None:  # dense layers route nothing
+                    found[name].append(output)
+        x = rms_norm(x, self.norm[...], c.rms_norm_eps)
+        if cache is not None:
+            cache = Cache(cache.k, cache.v, start + jax.reshard(advance, rules("batch")))
+        merge = lambda *parts: jnp.concatenate(parts)
+        return x, cache, {name: jax.tree.map(merge, *parts) for name, parts in found.items()}
+
+    def logits(self, hidden):
+        """States after the final norm [..., D] -> logits [..., V]."""
+        head = self.embed if self.head is None else self.head
+        return jnp.einsum("btd,vd->btv", hidden, head[...])
+
+    def mtp_hidden(self, ids, hidden, scan_experts=False):
+        """`mtp_logits` before the head: states [B, T-1, D] after the MTP layer's own norm, and its routing."""
+        assert self.mtp is not None
+        m, c, rules = self.mtp, self.config, self.rules
+        ids, spec = jax.reshard(ids, rules("batch", "seq")), rules("batch", "seq", None)
+        embedded = self.embed[...].at[ids[:, 1:]].get(out_sharding=spec)
+        e = rms_norm(embedded, m.enorm[...], c.rms_norm_eps)
+        h = rms_norm(jax.reshard(hidden, spec)[:, :-1], m.hnorm[...], c.rms_norm_eps)
+        x = jnp.einsum("btc,dc->btd", jnp.concatenate([e, h], -1), m.eh_proj[...])  # the embedding first
+        positions = jnp.broadcast_to(1 + jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+        step = Step(c, rules, jax.reshard(positions, rules("batch", "seq")))
+        x, _, outputs = scan_layers(m.layer, x, step, None, 0, ("routing",), scan_experts, False)
+        return rms_norm(x, m.norm[...], c.rms_norm_eps), outputs["routing"]
+
+
+def scan_layers(stack: Layer, x, step: Step, cache, first: int, collect, scan_experts: bool, remat: bool):
+    """Runs x through a stack of layers whose first is layer `first` of the cache.
+
+    With `scan_experts` each step gets a slice of the expert stack: a copy, but its gradient is then a slice too.
+    Without, the whole stack is closed over and the kernel gets the layer's index."""
+    is_expert = lambda path, _: not scan_experts and path[-1] in ("gate_up", "down") and path[:-1] == ("mlp",)
+    is_expert = is_expert if isinstance(stack.mlp, MoE) else lambda path, _: False
+    graph, experts, rest = nnx.split(stack, is_expert, ...)
+
+    def body(carry, item):
+        weights, i = item
+        layer = nnx.merge(graph, experts, weights)
+        x, cache, routing = layer(*carry[:1], step, carry[1], first + i, i)
+        return (x, cache), {name: {"hidden": x, "routing": routing}[name] for name in collect}
+
+    (x, cache), outputs = jax.lax.scan(
+        jax.checkpoint(body) if remat else body, (x, cache), (rest, jnp.arange(stack.attn_norm[...].shape[0]))
+    )
+    return x, cache, outputs
+
+
+def in_mesh(function):
+    """A function of a model, to be jitted: traces under the model's mesh, whatever the caller's is, and multiplies
+    float32 models in float32."""
+
+    def run(graph, state, *args):
+        model = nnx.merge(graph, state)
+        mesh = getattr(model.mesh, "abstract_mesh", model.mesh)
+        precision = "highest" if model.config.dtype == FLOAT32 else None
+        with jax.sharding.use_abstract_mesh(mesh), jax.default_matmul_precision(precision):
+            return function(model, *args)
+
+    return run
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+@in_mesh
+def _call(model, ids, cache, advance, scan_experts):
+    x, cache, _ = model.trunk(ids, cache, advance, scan_experts=scan_experts)
+    logits = model.logits(x)
+    return (_zero_gradients(logits, nnx.state(model)) if scan_experts else logits), cache
+
+
+@jax.custom_vjp
+def _zero_gradients(logits, weights):
+    """Hands the logits on. Outside jit, jax.grad makes the gradient of a weight without influence (the MTP layer, the
+    correction bias) itself, and cannot where the weight has an explicit sharding but no mesh is set: so it is made here."""
+    return logits
+
+
+_zero_gradients.defvjp(lambda logits, w: (logits, w), lambda w, g: (g, jax.tree.map(jnp.zeros_like, w)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+@in_mesh
+def _mtp_logits(model, ids, hidden):
+    return model.logits(model.mtp_hidden(ids, hidden)[0])
+
+
+def bucket(n: int, least: int = 16) -> int:
+    """The lengths things are compiled for: powers of two and the steps half-way between them, from `least`; 1 is 1."""
+    if n <= 1:
+        return n
+    power = 1 << (n - 1).bit_length()
+    return max(least, power * 3 // 4 if n <= power * 3 // 4 else power)
+
+
+def round_up(n: int, step: int) -> int:
+    """The next multiple of `step`."""
+    return -(-n // step) * step
+
+
+def batch_shards(model: GLM) -> int:
+    """Into how many parts the batch is cut; batches are padded to a multiple of it."""
+    return int(np.prod([model.mesh.shape[a] for a in mesh_axes([model.rules.batch])], dtype=int))
+
+
+def check_mesh(config: Config, mesh, rules: Rules) -> None:
+    """Raises UsageError naming every dimension that its mesh axes do not divide, with its size and theirs."""
+    c, problems = config, []
+    for axis, dims in {
+        "heads": ("num_attention_heads", "num_key_value_heads"),
+        "experts": ("n_routed_experts",),
+        "ffn": ("intermediate_size", "moe_intermediate_size"),
+        "vocab": ("vocab_size",),
+    }.items():
+        axes = mesh_axes([getattr(rules, axis)])
+        unknown = [a for a in axes if a not in mesh.shape]
+        if unknown:
+            raise UsageError(f"the rule {axis}={getattr(rules, axis)!r} names no axis of the mesh {tuple(mesh.shape)}")
+        size = int(np.prod([mesh.shape[a] for a in axes], dtype=int))
+        for name in dims:
+            if getattr(c, name) % size:
+                fits = [str(n) for n in range(1, size + 1) if all(getattr(c, d) % n == 0 for d in dims)]
+                what = f"{name} {getattr(c, name)} over {'*'.join(axes)}={size} (sizes that divide: {', '.join(fits)})"
+                problems.append(what)
+    if problems:
+        raise UsageError(f"--mesh {describe(mesh)} does not divide " + "; ".join(problems))
+
+
+def _weight(model: GLM, shape, *axes, dtype=None, stacked=True):
+    """An abstract weight; `axes` name the logical axes after the stacked one."""
+    if axes or not stacked:
+        axes = (None,) * (len(shape) - len(axes)) + axes
+    else:
+        axes = (None,) * len(shape)
+    sharding = jax.NamedSharding(model.mesh, model.rules(*axes))
+    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype or model.config.dtype, sharding=sharding))
+
+
+def fill(model: GLM, make) -> GLM:
+    """Gives every abstract weight the array that `make(key path, ShapeDtypeStruct)` returns, in place."""
+    nnx.update(model, jax.tree_util.tree_map_with_path(make, nnx.state(model)))
+    return model
+
+
+def weight_path(path) -> str:
+    """The dotted name of a leaf, as `moe.attn.q`, from its key path."""
+    key = lambda k: str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", ""))))
+    return ".".join(map(key, path)).removesuffix(".value")
+
+
+def _noise(seed: int, path, leaf):
+    """Random weights as a function of the leaf's name, the same on every mesh: unit-gain matrices, norms of one, biases
+    of zero. Made on the host: compiling initialisers takes longer than running them."""
+    name = weight_path(path)
+    last = name.rsplit(".", 1)[-1]
+    scale = 1.0 if last == "embed" else (leaf.shape[-1] * (leaf.shape[-2] if last == "o" else 1)) ** -0.5
+    first_slab = max(0, len(leaf.shape) - 2)  # a device draws only the matrices it holds
+
+    def block(index):
+        span = [range(*cut.indices(size)) for cut, size in zip(index, leaf.shape, strict=True)]
+        if "norm" in last or "bias" in last:
+            return np.full([len(s) for s in span], "norm" in last, leaf.dtype)
+        out = np.empty([len(s) for s in span], leaf.dtype)
+        for at in np.ndindex(*out.shape[:first_slab]):
+            key = [seed, zlib.crc32(name.encode()), *(s[i] for s, i in zip(span, at, strict=False))]
+            matrix = np.random.default_rng(key).standard_normal(leaf.shape[first_slab:], np.float32)
+            out[at] = (scale * matrix)[index[first_slab:]]
+        return out
+
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, block)
+
+
+def _checked(ids, vocab_size: int) -> np.ndarray:
+    """ids as an int32 table, or a UsageError that says what is wrong with them."""
+    try:
+        array = np.asarray(ids)
+    except ValueError:  # NumPy's words for a ragged list are no help
+        raise UsageError("ids has rows of unequal length; pad them, or use generate_ids") from None
+    if array.ndim != 2 or 0 in array.shape:
+        raise UsageError(f"ids must be a table [batch, tokens] with at least one token, its shape is {array.shape}")
+    if not np.issubdtype(array.dtype, np.integer):
+        raise UsageError(f"ids must be integers, they are {array.dtype}")
+    if array.min() < 0 or array.max() >= vocab_size:
+        raise UsageError(f"ids run from {array.min()} to {array.max()}, the vocabulary from 0 to {vocab_size - 1}")
+    return array.astype(np.int32)
+
+
+def _check_room(used: int, new: int, size: int):
+    if used + new > size:
+        raise UsageError(f"the cache has {size} slots, {used} are used and {new} tokens are to be added")
