@@ -152,9 +152,10 @@ def read_header(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {tensor.name: tensor for tensor in tensors}, metadata
 
 
-def read_folder(folder: Path | str) -> dict[str, Tensor]:
+def read_folder(folder: Path | str, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
     """Reads the headers of a checkpoint: of every file that model.safetensors.index.json names, else of the only one.
 
+    Files in which the index has no tensor that is `wanted` are not opened and need not be there.
     In the order of the files' names and of the bytes in them. Raises MissingInput for files that are not there, and
     BadInput where files, headers and index do not say exactly the same. The index's `total_size` is not looked at:
     published ones are wrong.
@@ -178,16 +179,17 @@ def read_folder(folder: Path | str) -> dict[str, Tensor]:
         return tensors
 
     where = _read_index(folder / INDEX)  # tensor name -> file name
-    wanted = sorted(set(where.values()))
-    missing = [name for name in wanted if not os.path.exists(folder / name)]  # False also for a link to nothing
+    named = set(where.values())
+    files_wanted = sorted({file for name, file in where.items() if wanted(name)})
+    missing = [name for name in files_wanted if not os.path.exists(folder / name)]  # False also for a link to nothing
     if missing:
         held = {name: [t for t, file in where.items() if file == name] for name in missing}
         each = "; ".join(f"{name} ({_some(names)})" for name, names in held.items())
-        raise MissingInput(f"{folder}: {len(missing)} of {len(wanted)} files named by {INDEX} are missing: {each}")
-    if extra := [name for name in files if name not in wanted]:
+        raise MissingInput(f"{folder}: {len(missing)} of {len(files_wanted)} files named by {INDEX} are missing: {each}")
+    if extra := [name for name in files if name not in named]:
         raise BadInput(f"{folder}: {INDEX} does not name {', '.join(extra)}: move what does not belong here away")
     tensors = {}
-    for name in wanted:
+    for name in files_wanted:
         header, _ = read_header(folder / name)
         if unnamed := [t for t in header if t not in where]:
             raise BadInput(f"{folder / name}: {_some(unnamed)} in the file, but not in {INDEX}")
@@ -195,7 +197,7 @@ def read_folder(folder: Path | str) -> dict[str, Tensor]:
             other = where[elsewhere[0]]
             raise BadInput(f"{folder / name}: {_some(elsewhere)} in the file, but {INDEX} says {other}")
         tensors.update(header)
-    if absent := [t for t in where if t not in tensors]:
+    if absent := [t for t, file in where.items() if file in files_wanted and t not in tensors]:
         file = where[absent[0]]
         raise BadInput(f"{folder / file}: {_some([t for t in absent if where[t] == file])} not in it as {INDEX} says")
     return tensors

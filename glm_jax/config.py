@@ -166,10 +166,6 @@ def _parse(raw: Mapping[str, Any], where: str) -> Config:
                 if name in raw and raw[name] != rope[name]:
                     raise BadInput(f"{where}: {name} is {raw[name]!r}, but {rope[name]!r} in rope_parameters")
                 values[name] = rope[name]
-    if "quantization_config" in raw:
-        method = raw["quantization_config"]
-        method = method.get("quant_method") if isinstance(method, Mapping) else method
-        raise BadInput(f"{where}: quantised weights ({method}) cannot be loaded yet; take the BF16 folder")
     dtypes = {raw[name] for name in ("dtype", "torch_dtype") if raw.get(name) is not None}
     if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
         found = " and ".join(map(repr, sorted(map(str, dtypes)))) or "missing"

@@ -233,6 +233,7 @@ class GLM(nnx.Module):
     def __init__(self, config: Config, mesh=None, rules: "str | Rules" = "ep", seed: int | None = 0):
         self.config, self.rules, self.mesh = config, make_rules(rules), make_mesh(mesh or "")
         check_mesh(config, self.mesh, self.rules)
+        self.token_limit = config.vocab_size  # ids from here on are padding and never sampled: the loader knows
         D, weight = config.hidden_size, functools.partial(_weight, self)
         self.embed = weight((config.vocab_size, D), "vocab", None, stacked=False)
         self.dense = Layer(config, weight, config.dense_layers, moe=False) if config.dense_layers else None
@@ -249,7 +250,7 @@ class GLM(nnx.Module):
         grad. Raises UsageError for ids that are no table of tokens, or more tokens than the cache has room for."""
         is_traced = lambda tree: any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(tree))
         if not is_traced(ids):
-            ids = _checked(ids, self.config.vocab_size)
+            ids = checked_ids(ids, self.config.vocab_size)
         B, T = ids.shape
         rows, width = round_up(B, batch_shards(self)), bucket(T)
         if cache is not None:
@@ -476,7 +477,7 @@ def _noise(seed: int, path, leaf):
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, block)
 
 
-def _checked(ids, vocab_size: int) -> np.ndarray:
+def checked_ids(ids, vocab_size: int) -> np.ndarray:
     """ids as an int32 table, or a UsageError that says what is wrong with them."""
     try:
         array = np.asarray(ids)

@@ -4,6 +4,7 @@ transformers is imported when a folder is read, not before."""
 
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,14 @@ from typing import Any
 
 from glm_jax.errors import BadInput, UsageError
 
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -20,7 +29,8 @@ class Tokenizer:
     stop_ids: the ids that end an answer; the loader fills them in from the folder's generation config.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, folder: str | os.PathLike):
+        self.folder = Path(folder)
         self.tokenizer = tokenizer  # transformers' own, for what this class does not do
         self.stop_ids: tuple[int, ...] = ()
         self._hidden = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -44,7 +54,13 @@ class Tokenizer:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise BadInput(f"{folder}: the tokenizer cannot be read: {reason}") from error
         tokenizer.model_max_length = 1 << 62  # the files say 128000, the models take 202752: the config knows, not this
-        return cls(tokenizer)
+        return cls(tokenizer, folder)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Copy the tokenizer's files, the chat template among them, as they are."""
+        for name in FILES:
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, Path(folder) / name)
 
     @property
     def size(self) -> int:
@@ -55,6 +71,12 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether the folder has a chat template."""
         return bool(self.tokenizer.chat_template)
+
+    @property
+    def continues_text(self) -> bool:
+        """Whether a prompt given as text is to be continued, not answered: "prompt_form": "text" in the folder's
+        tokenizer_config.json, as a base model may have it though it has a chat template."""
+        return self.tokenizer.init_kwargs.get("prompt_form") == "text"
 
     @cached_property
     def format(self) -> str:

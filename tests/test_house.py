@@ -23,7 +23,7 @@ LADDER = [
     ["weights", "kernels", "cache"],
     ["model"],
     ["convert", "checkpoint", "losses", "sample", "parsing", "tokenizer", "data"],
-    ["loading", "generation", "inspect", "demo"],
+    ["planner", "loading", "generation", "inspect", "demo"],
     ["cli", "__main__"],
 ]
 NEVER = {"kernels": {"sharding", "config"}}  # arrays in, arrays out

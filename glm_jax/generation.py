@@ -1,0 +1,289 @@
+"""Text from a model: one compiled step over a donated cache, for prompts and for single tokens alike."""
+
+import dataclasses
+import functools
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from glm_jax.cache import Cache
+from glm_jax.errors import UsageError
+from glm_jax.model import GLM, batch_shards, bucket, checked_ids, in_mesh, round_up
+from glm_jax.parsing import ResponseStream
+from glm_jax.sample import Sampling, sample
+from glm_jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    """What one token brought. Joined over the stream, `text` is the answer as written, tags and all; `reasoning`,
+    `content` and `tool_calls` are the same split up."""
+
+    text: str
+    token: int
+    logprob: float  # of the model's own distribution, before temperature
+    finish_reason: str | None  # "stop" or "length", in the last one
+    reasoning: str
+    content: str
+    tool_calls: list[dict]  # each {"name", "arguments"}, when it is complete
+    prompt_tokens: int
+    generation_tokens: int
+    prompt_tps: float  # tokens a second; compiling is in it the first time a shape is seen
+    generation_tps: float
+    peak_memory: int  # bytes on the fullest device; on CPU of the process
+
+
+def generate(model: GLM, tokenizer: Tokenizer, prompt, **options) -> str:
+    """The whole answer to a prompt as text, with its tags; `parse_response` splits it. Options as stream_generate."""
+    return "".join(r.text for r in stream_generate(model, tokenizer, prompt, **options))
+
+
+def stream_generate(
+    model: GLM,
+    tokenizer: Tokenizer,
+    prompt,
+    max_tokens: int = 200,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: "str | Sequence[str]" = (),
+    seed: int = 0,
+    tools: list[dict] | None = None,
+    enable_thinking: bool = True,
+    raw: bool = False,
+) -> Iterator[Response]:
+    """The answer to a prompt, token by token.
+
+    `prompt` is text (one user turn if the tokenizer has a chat template and the folder does not ask for plain text,
+    unless `raw`), a list of messages, or a list of ids. Ends at a stop id, at one of the strings in `stop` (which is
+    not part of the text), or after `max_tokens`. Raises UsageError for an empty prompt, one that is longer than the
+    model's context, or an option out of range."""
+    if tokenizer is None:
+        raise UsageError("this folder has no tokenizer: use generate_ids, which needs none")
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(stop):
+        raise UsageError("--stop: a stop string must not be empty")
+    ids, in_thought = _prompt_ids(tokenizer, prompt, tools, enable_thinking, raw)
+    begin = time.perf_counter()
+    steps = generate_steps(model, [ids], max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed)
+    stop_ids = set(model.config.eos_token_id)
+    decoder, stops = tokenizer.stream(), _StopStrings(stop)
+    parser = ResponseStream(tokenizer.format, tools, in_thought)
+    prompt_tps, first = 0.0, begin
+    limit = _limit(model, len(ids), max_tokens)
+    for n, (tokens, logprobs) in enumerate(steps, 1):
+        now = time.perf_counter()
+        if n == 1:
+            prompt_tps, first = len(ids) / (now - begin), now
+        token = int(tokens[0])
+        ended = token in stop_ids
+        text = stops.add("" if ended else decoder.add(token))
+        finish = "stop" if ended or stops.found else "length" if n == limit else None
+        if finish and not stops.found:
+            text += stops.add(decoder.finish()) + stops.finish()
+            finish = "stop" if stops.found else finish
+        parts = [parser.add(text)] + ([parser.finish()] if finish else [])
+        yield Response(
+            text=text,
+            token=token,
+            logprob=float(logprobs[0]),
+            finish_reason=finish,
+            reasoning="".join(p.reasoning for p in parts),
+            content="".join(p.content for p in parts),
+            tool_calls=[call for p in parts for call in p.tool_calls],
+            prompt_tokens=len(ids),
+            generation_tokens=n,
+            prompt_tps=prompt_tps,
+            generation_tps=(n - 1) / (now - first) if n > 1 else 0.0,
+            peak_memory=peak_memory(model),
+        )
+        if finish:
+            return
+
+
+def generate_ids(
+    model: GLM,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int = 24,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: "int | Sequence[int]" = 0,
+    stop_ids: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """The new ids of each row of prompts, which may be of unequal length.
+
+    A row ends after a stop id, which is included (default: the model's; () switches them off), or after `max_tokens`.
+    What a row gets depends on its prompt and its seed alone: rows of one prompt and one seed get the same answer, so
+    give a list of seeds, one a row, to draw several."""
+    stop = set(model.config.eos_token_id if stop_ids is None else stop_ids)
+    rows: list[list[int]] = [[] for _ in prompts]
+    limits = [_limit(model, len(prompt), max_tokens) for prompt in prompts]
+    open_rows = {i for i, limit in enumerate(limits) if limit}
+    if not open_rows:
+        return rows
+    options = (temperature, top_p, top_k, min_p, repetition_penalty, seed)
+    for tokens, _ in generate_steps(model, prompts, max_tokens, *options):
+        for i in list(open_rows):
+            rows[i].append(int(tokens[i]))
+            if rows[i][-1] in stop or len(rows[i]) == limits[i]:
+                open_rows.remove(i)
+        if not open_rows:
+            break
+    return rows
+
+
+def generate_steps(
+    model: GLM,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: "int | Sequence[int]" = 0,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The next token and its log-probability for every row, step by step, `max_tokens` times: (ids [B], logprobs [B]).
+
+    The device works on the next step while the caller looks at this one."""
+    sampling = Sampling.of(temperature, top_k, top_p, min_p, repetition_penalty, model.token_limit)
+    table, lengths = _table(model, prompts)
+    longest = int(lengths.max())
+    steps = max(_limit(model, len(p), max_tokens) for p in prompts)
+    rows = table.shape[0]
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
+    if len(seeds) != len(prompts):
+        raise UsageError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed, or one a prompt")
+    keys = jnp.stack([jax.random.key(s % 2**32) for s in seeds + [0] * (rows - len(seeds))])
+    seen = np.zeros((rows, model.config.vocab_size), bool)
+    for row, prompt in zip(seen, prompts, strict=False):
+        row[np.asarray(prompt)] = True
+    graph, state = nnx.split(model)
+    cache = model.cache(rows, bucket(longest + steps, 64))
+    # The arguments of every step have one sharding from the first on, or the second would be compiled again.
+    place = lambda a, *axes: jax.device_put(a, jax.NamedSharding(model.mesh, model.rules(*axes)))
+    keys, seen, ones = place(keys, "batch"), place(seen, "batch", None), place(np.ones(rows, np.int32), "batch")
+    sampling = jax.device_put(sampling, jax.NamedSharding(model.mesh, jax.P()))
+    ids, advance = place(table, "batch", None), place(lengths, "batch")
+    ahead = None
+    for n in range(steps):
+        ids, logprob, cache, seen = _step(graph, state, cache, seen, ids, advance, sampling, keys)
+        advance = ones
+        if n:
+            assert ahead is not None
+            yield _on_host(ahead, len(prompts))
+        ahead = ids, logprob
+    if ahead is not None:
+        yield _on_host(ahead, len(prompts))
+
+
+def _on_host(step, rows):
+    tokens, logprobs = step
+    return np.asarray(tokens)[:rows, 0], np.asarray(logprobs)[:rows]
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+@in_mesh
+def _step(model: GLM, cache: Cache, seen, ids, advance, sampling: Sampling, keys):
+    """ids [B, T] of which row b has `advance[b]` -> the next ids [B, 1], their log-probabilities, cache, seen."""
+    rules = model.rules
+    x, cache, _ = model.trunk(ids, cache, advance)
+    if ids.shape[1] > 1:  # each row's last state, by a masked sum: a look-up across shards would need collectives
+        last = jnp.arange(ids.shape[1]) == advance[:, None] - 1
+        x = jnp.where(last[..., None], x, 0).sum(1, keepdims=True)
+    logits = jax.reshard(model.logits(x)[:, 0], rules("batch", None))
+
+    def choose(logits, seen, keys, positions, sampling):
+        token, logprob = sample(logits, sampling, seen, keys, positions)
+        seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
+        return token[:, None], logprob, seen
+
+    specs = rules("batch", None), rules("batch"), rules("batch", None)
+    ids, logprob, seen = jax.sharding.auto_axes(choose, out_sharding=specs)(
+        logits, seen, keys, cache.length, sampling
+    )
+    return ids, logprob, cache, seen
+
+
+class _StopStrings:
+    """Passes text on until a stop string, and holds back what may be the beginning of one."""
+
+    def __init__(self, stop: tuple[str, ...]):
+        self.stop, self.held, self.found = stop, "", False
+
+    def add(self, text: str) -> str:
+        self.held += text
+        at = min((i for s in self.stop if (i := self.held.find(s)) >= 0), default=-1)
+        if self.found or at >= 0:
+            text, self.held, self.found = self.held[: max(at, 0)], "", True
+            return text
+        starts = (n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n]))
+        keep = len(self.held) - max(starts, default=0)
+        text, self.held = self.held[:keep], self.held[keep:]
+        return text
+
+    def finish(self) -> str:
+        text, self.held = self.held, ""
+        return text
+
+
+def _prompt_ids(tokenizer: Tokenizer, prompt, tools, enable_thinking: bool, raw: bool) -> tuple[list[int], bool]:
+    """The ids of any form of prompt, and whether the answer begins inside a thought."""
+    if isinstance(prompt, str):
+        if not prompt:
+            raise UsageError("--prompt is empty: there is nothing to go on from")
+        if raw or not tokenizer.has_chat_template or (tokenizer.continues_text and not tools):
+            return tokenizer.encode(prompt), False
+        prompt = [{"role": "user", "content": prompt}]
+    if len(prompt) and isinstance(prompt[0], dict):
+        text = tokenizer.render(prompt, tools=tools, enable_thinking=enable_thinking)
+        return tokenizer.encode(text), text.endswith("<think>")
+    return [int(i) for i in prompt], False
+
+
+def _table(model: GLM, prompts) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as a table padded to a bucket [rows, T], and their lengths [rows]."""
+    if not len(prompts):
+        raise UsageError("no prompts")
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise UsageError(f"prompt {i} is empty: there is nothing to go on from")
+        checked_ids([prompt], model.config.vocab_size)
+    longest, limit = max(map(len, prompts)), model.config.max_position_embeddings
+    if longest > limit:
+        raise UsageError(f"the prompt has {longest} tokens, this model's context is {limit}: shorten it")
+    rows = round_up(len(prompts), batch_shards(model))
+    table = np.zeros((rows, bucket(longest)), np.int32)
+    for row, prompt in zip(table, prompts, strict=False):
+        row[: len(prompt)] = prompt
+    lengths = [len(p) for p in prompts] + [1] * (rows - len(prompts))
+    return table, np.asarray(lengths, np.int32)
+
+
+def _limit(model: GLM, prompt_tokens: int, max_tokens: int) -> int:
+    """How many tokens can follow: what was asked for, or what is left of the context."""
+    if max_tokens < 0:
+        raise UsageError(f"--max-tokens {max_tokens}: must be 0 or more")
+    # The last token is answered, not read, so it needs no place.
+    return max(0, min(max_tokens, model.config.max_position_embeddings - prompt_tokens + 1))
+
+
+def peak_memory(model: GLM) -> int:
+    """The most bytes that were in use on any device of the model; on CPU, by the process."""
+    devices = [d for d in model.mesh.devices.flat if d.process_index == jax.process_index()]
+    stats = [d.memory_stats() or {} for d in devices]
+    if all("peak_bytes_in_use" in s for s in stats):
+        return max(s["peak_bytes_in_use"] for s in stats)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

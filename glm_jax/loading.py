@@ -1,0 +1,134 @@
+"""From a Hugging Face folder to a model on a mesh, and back."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from glm_jax.config import Config
+from glm_jax.convert import hf
+from glm_jax.convert.hub import fetch
+from glm_jax.convert.safetensors import read_folder
+from glm_jax.errors import BadInput, DestinationError, UsageError
+from glm_jax.model import GLM
+from glm_jax.planner import default_mesh, first_layers, refuse_if_too_large
+from glm_jax.sharding import Rules
+from glm_jax.sharding import mesh as make_mesh
+from glm_jax.sharding import rules as make_rules
+from glm_jax.tokenizer import Tokenizer
+
+DEMO = Path(__file__).parent / "demo"
+
+
+def load(
+    path: "str | Path",
+    mesh=None,
+    rules: "str | Rules" = "ep",
+    dtype: str | None = None,
+    layers: int | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    offline: bool = False,
+    progress: "Callable[[int, int], None] | None" = None,
+) -> "tuple[GLM, Tokenizer | None]":
+    """The model and the tokenizer (None if there is none) of a folder or a Hub id.
+
+    `mesh` as in "expert=4,tensor=2", default: all devices, experts spread as far as they go. `dtype` ("bfloat16" or
+    "float32") of weights and compute, default as stored; the router bias stays float32. `layers=N` reads the first N
+    layers only. `progress(done, total)` is told bytes. Everything is checked, the memory too, before a weight is read.
+    Raises BadInput, MissingInput, NoSpace or UsageError, each with one line that says what to change."""
+    folder = fetch(path, revision=revision, token=token, offline=offline)
+    config = read_config(folder)
+    if dtype is not None:
+        if dtype not in ("bfloat16", "float32"):
+            raise UsageError(f"--dtype {dtype}: weights are loaded in bfloat16 or float32")
+        config = dataclasses.replace(config, dtype=jnp.dtype(dtype))
+    if layers is None:
+        tensors = read_folder(folder)
+        config = hf.without_missing_mtp(config, tensors, folder)
+    else:
+        config = first_layers(config, layers)
+        wanted = set(hf.tensor_shapes(config))
+        tensors = {name: t for name, t in read_folder(folder, wanted.__contains__).items() if name in wanted}
+    hf.check(config, tensors, folder)
+    rules = make_rules(rules)
+    mesh = make_mesh(default_mesh(config, rules, jax.devices()) if mesh is None else mesh)
+    model = GLM(config, mesh, rules, seed=None)
+    refuse_if_too_large(config, mesh, rules, f"{path} in {config.dtype.name}")
+    tokenizer = Tokenizer.read(folder)
+    if tokenizer:
+        if tokenizer.size > config.vocab_size:
+            raise BadInput(f"{folder}: the tokenizer has {tokenizer.size} ids, the model only {config.vocab_size}")
+        tokenizer.stop_ids = config.eos_token_id
+        model.token_limit = tokenizer.size
+    total = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(model))
+    done = 0
+
+    def report(nbytes: int):
+        nonlocal done
+        done += nbytes
+        if progress:
+            progress(done, total)
+
+    return hf.load_weights(model, tensors, report), tokenizer
+
+
+def read_config(folder: Path) -> Config:
+    """The folder's Config, with the stop ids of its generation_config.json if that has any to say."""
+    config = Config.read(folder)
+    quantised = read_json(folder / "config.json").get("quantization_config")
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise BadInput(f"{folder}: the weights are quantised ({method}), which cannot be loaded yet; take the BF16 model")
+    generation = generation_defaults(folder)
+    if "eos_token_id" not in generation:
+        return config
+    eos = generation["eos_token_id"]
+    stop_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in stop_ids):
+        raise BadInput(f"{folder / 'generation_config.json'}: eos_token_id is {eos!r}, not an id, a list of ids, or null")
+    return dataclasses.replace(config, eos_token_id=stop_ids)
+
+
+def generation_defaults(folder: Path) -> dict[str, Any]:
+    """What generation_config.json says; nothing if there is none."""
+    path = folder / "generation_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or BadInput."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise BadInput(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: holds a {type(value).__name__}, not an object")
+    return value
+
+
+def save(model: GLM, folder: "str | Path", tokenizer: "Tokenizer | None" = None) -> None:
+    """Writes a Hugging Face folder that `load` and transformers read: the weights as they are now, in the model's
+    dtype (the router bias in float32), config.json, generation_config.json, and the tokenizer's files.
+
+    The folder may exist, but not with a model in it (DestinationError)."""
+    folder = Path(folder)
+    if folder.is_file() or (folder / "config.json").exists():
+        raise DestinationError(f"{folder}: is a file or holds a model already; give another folder, or remove it first")
+    folder.mkdir(parents=True, exist_ok=True)
+    hf.save_weights(model, folder)
+    config = model.config.to_dict()
+    generation = {"eos_token_id": config["eos_token_id"], "pad_token_id": config["pad_token_id"]}
+    if tokenizer:
+        tokenizer.save(folder)
+    _write_json(folder / "generation_config.json", generation)
+    _write_json(folder / "config.json", config)  # last: with it the folder is a model
+
+
+def _write_json(path: Path, value: dict[str, Any]):
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,124 @@
+"""What a model needs on each device, before a byte of it is read."""
+
+import dataclasses
+import math
+import os
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from glm_jax.cache import cache_bytes
+from glm_jax.config import Config
+from glm_jax.errors import NoSpace, UsageError
+from glm_jax.model import GLM, batch_shards, check_mesh, round_up
+from glm_jax.sharding import AXES, Rules, describe, mesh_axes
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """Bytes on the device that holds most."""
+
+    weights: int
+    cache: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.working
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{f.name} {getattr(self, f.name) / GIB:.1f}" for f in dataclasses.fields(self))
+        return f"{self.total / GIB:.1f} GiB ({parts})"
+
+
+def needs(config: Config, mesh, rules: Rules, batch: int = 1, context: int = 4096) -> Needs:
+    """What each device holds while generating: its weights, its share of a cache of `context` tokens for `batch` rows,
+    and working memory (the largest activations of a prefill of 2,048 tokens, and float32 logits)."""
+    model = GLM(config, mesh, rules, seed=None)
+    leaves = jax.tree.leaves(model)
+    weights = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
+    rows = round_up(batch, batch_shards(model)) // batch_shards(model)
+    size = lambda axis: math.prod(mesh.shape[a] for a in mesh_axes([getattr(rules, axis)]))
+    cache = cache_bytes(config, rows, context) // size("heads")
+    tokens = rows * min(context, 2048)
+    width = max(config.num_attention_heads * config.head_dim, config.num_experts_per_tok * config.hidden_size)
+    working = tokens * width * (4 + config.dtype.itemsize) + rows * config.vocab_size * 8
+    return Needs(weights, cache, working)
+
+
+def device_bytes(device: jax.Device) -> int:
+    """Memory of a device; of a CPU device its share of what the machine has available."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    with open("/proc/meminfo") if os.path.exists("/proc/meminfo") else open(os.devnull) as lines:
+        fields = dict(line.split(":") for line in lines)
+    if "MemAvailable" not in fields:  # not Linux: what is installed
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    return int(fields["MemAvailable"].split()[0]) * 1024 // jax.local_device_count()
+
+
+def default_mesh(config: Config, rules: Rules, devices: list[jax.Device]) -> str:
+    """The mesh for these devices: experts spread as far as they go, more over `tensor` if that is what makes it fit."""
+    best: dict[int, str] = {}
+    for spec, mesh in _meshes(config, rules, len(devices)):
+        total = needs(config, mesh, rules).total
+        if total <= device_bytes(devices[0]):
+            return spec
+        best.setdefault(total, spec)
+    return best[min(best)] if best else "data=1"
+
+
+def _meshes(config: Config, rules: Rules, devices: int):
+    """Every expert x tensor mesh of this many devices that divides the model, most expert-parallel first; if no mesh
+    of all devices does, of as many as do."""
+    for count in range(devices, 0, -1):
+        found = []
+        for tensor in (n for n in range(1, count + 1) if count % n == 0):
+            mesh = AbstractMesh((1, count // tensor, tensor), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+            try:
+                check_mesh(config, mesh, rules)
+            except UsageError:
+                continue
+            found.append((describe(mesh), mesh))
+        if found:
+            yield from found
+            return
+
+
+def refuse_if_too_large(config: Config, mesh, rules: Rules, name: str) -> None:
+    """Raises NoSpace, with the parts and the changes that would fit, if the devices of the mesh are too small."""
+    have, need = device_bytes(mesh.devices.flat[0]), needs(config, mesh, rules)
+    if need.total <= have:
+        return
+    fits = []
+    for devices in (2**n for n in range(mesh.size.bit_length(), 13)):
+        found = [(s, needs(config, m, rules)) for s, m in _meshes(config, rules, devices) if m.size == devices]
+        spec, smallest = min(found, key=lambda f: f[1].total, default=("", None))
+        if smallest and smallest.total <= have:
+            fits.append(f"--mesh {spec} ({smallest.total / GIB:.1f} GiB, {devices} devices)")
+            break
+    if config.dtype.itemsize == 4:
+        half = needs(dataclasses.replace(config, dtype=jax.numpy.dtype("bfloat16")), mesh, rules)
+        if half.total <= have:
+            fits.append(f"--dtype bfloat16 ({half.total / GIB:.1f} GiB)")
+    low, high = 0, config.num_hidden_layers  # low layers fit, high do not
+    while high - low > 1:
+        middle = (low + high) // 2
+        fit = needs(first_layers(config, middle), mesh, rules).total <= have
+        low, high = (middle, high) if fit else (low, middle)
+    if low:
+        fits.append(f"--layers {low} (the first {low} of {config.num_hidden_layers})")
+    raise NoSpace(
+        f"{name} needs {need} on each of {mesh.size} devices (--mesh {describe(mesh)}), these have {have / GIB:.1f} GiB"
+        + ("; what would fit: " + ", or ".join(fits) if fits else "; no mesh, dtype or --layers of it fits")
+    )
+
+
+def first_layers(config: Config, layers: int) -> Config:
+    """The config of the model cut off after `layers` layers, without its MTP layer."""
+    if not 1 <= layers <= config.num_hidden_layers:
+        raise UsageError(f"--layers {layers}: this model has 1 to {config.num_hidden_layers}")
+    return dataclasses.replace(config, num_hidden_layers=layers, num_nextn_predict_layers=0)
