@@ -179,6 +179,10 @@ def _parse(raw: Mapping[str, Any], where: str) -> Config:
     missing = [name for name in names if name not in values]
     if missing:
         raise BadInput(f"{where}: no {', '.join(missing)}; these have no default that would be right for every GLM")
+    for field in dataclasses.fields(Config):  # a float may be written as an integer in JSON
+        value = values[field.name]
+        if field.type is float and isinstance(value, int) and not isinstance(value, bool):
+            values[field.name] = float(value)
     try:
         return Config(**{name: values[name] for name in names})
     except BadInput as error:
@@ -203,7 +207,7 @@ _GLM_4_6 = dict(
     topk_group=1,
     norm_topk_prob=True,
     routed_scaling_factor=2.5,
-    rope_theta=1000000,
+    rope_theta=1e6,
     partial_rotary_factor=0.5,
     max_position_embeddings=202752,
     rms_norm_eps=1e-5,

@@ -20,6 +20,16 @@ def mesh(spec: "str | Mesh | AbstractMesh", devices=None) -> "Mesh | AbstractMes
         if spec.axis_names != AXES:
             raise UsageError(f"a mesh needs the axes {AXES} in this order, this one has {spec.axis_names}")
         return spec
+    sizes = mesh_sizes(spec)
+    wanted, devices = math.prod(sizes.values()), jax.devices() if devices is None else devices
+    if wanted > len(devices):
+        raise UsageError(f"--mesh {spec} needs {wanted} devices, there are {len(devices)} ({devices[0].platform})")
+    shape = tuple(sizes.values())
+    return Mesh(np.asarray(devices[:wanted]).reshape(shape), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def mesh_sizes(spec: str) -> dict[str, int]:
+    """The size of every axis in a text as `mesh` takes it; needs no devices."""
     sizes = dict.fromkeys(AXES, 1)
     for part in filter(None, spec.replace(" ", "").split(",")):
         name, _, size = part.partition("=")
@@ -28,11 +38,7 @@ def mesh(spec: "str | Mesh | AbstractMesh", devices=None) -> "Mesh | AbstractMes
         if not size.isdecimal() or int(size) < 1:
             raise UsageError(f"--mesh {spec}: {name}={size!r} is not a size, write for instance {name}=2")
         sizes[name] = int(size)
-    wanted, devices = math.prod(sizes.values()), jax.devices() if devices is None else devices
-    if wanted > len(devices):
-        raise UsageError(f"--mesh {spec} needs {wanted} devices, there are {len(devices)} ({devices[0].platform})")
-    shape = tuple(sizes.values())
-    return Mesh(np.asarray(devices[:wanted]).reshape(shape), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    return sizes
 
 
 def auto(mesh: Mesh) -> Mesh:

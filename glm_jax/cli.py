@@ -1,0 +1,380 @@
+"""The command `glm-jax`: one verb, one short function. The answer goes to stdout, everything else to stderr."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from glm_jax import __version__
+from glm_jax.errors import GLMError, UsageError
+
+INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command line and returns its exit code: 0 done, 1 failed, 2 usage, and the error's own for a bad folder."""
+    args = _parser().parse_args(argv)
+    with contextlib.ExitStack() as stack:
+        if args.quiet:  # XLA and absl write to the file descriptor, not to sys.stderr
+            stack.enter_context(_silent_stderr())
+        warnings.showwarning = lambda message, *_: _say(args, f"warning: {message}")
+        try:
+            _quiet_libraries()
+            return args.run(args)
+        except KeyboardInterrupt:
+            _say(args, "\nglm-jax: interrupted")
+            return INTERRUPTED
+        except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except (GLMError, OSError, MemoryError) as error:
+            if args.debug:
+                raise
+            message = str(error) or type(error).__name__
+            failure = f"glm-jax: {message}\n"
+            code = getattr(error, "exit_code", 1)
+        except Exception as error:  # not a user's mistake, but a trace is no answer either
+            if args.debug:
+                raise
+            first = (str(error).splitlines() or [""])[0]
+            failure = f"glm-jax: {type(error).__name__}: {first} (--debug shows where; please report it)\n"
+            code = 1
+    sys.stderr.write(failure)  # also with --quiet: an error is not chatter
+    return code
+
+
+def generate(args: argparse.Namespace) -> int:
+    """One answer, streamed, then three lines of numbers."""
+    from glm_jax.generation import stream_generate
+
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if text is None:
+        raise UsageError("--prompt is missing: -p TEXT, or -p - to read it from stdin")
+    if not text:
+        raise UsageError("--prompt is empty: there is nothing to go on from")
+    if args.raw and args.system:
+        raise UsageError("--raw and --system exclude each other: a system turn is part of the chat template")
+    prompt = [{"role": "system", "content": args.system}, {"role": "user", "content": text}] if args.system else text
+    tools = _tools(args.tools)
+    options = _sampling(args)
+    model, tokenizer = _load(args)
+    _first_token_note(args)
+    pieces, last = [], None
+    try:
+        for last in stream_generate(
+            model, tokenizer, prompt, raw=args.raw, tools=tools, enable_thinking=not args.no_think, **options
+        ):
+            pieces.append(last)
+            if not args.json:
+                print(last.text, end="", flush=True)
+    finally:
+        if not args.json:
+            print(flush=True)
+    if last is None:
+        return 0
+    if args.json:
+        print(json.dumps(_as_json(pieces), ensure_ascii=False))
+    _numbers(args, last)
+    return 0
+
+
+def chat(args: argparse.Namespace) -> int:
+    """A conversation: Ctrl-C stops an answer, Ctrl-D or /exit leaves, /clear starts anew."""
+    from glm_jax.generation import stream_generate
+
+    tools, options = _tools(args.tools), _sampling(args)
+    model, tokenizer = _load(args)
+    if not tokenizer.has_chat_template:
+        raise UsageError("this folder has no chat template; use generate")
+    first = [{"role": "system", "content": args.system}] if args.system else []
+    messages = list(first)
+    _say(args, "Ctrl-C stops an answer, /clear forgets, /exit or Ctrl-D leaves.")
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() and not args.quiet else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        if text in ("/exit", "/quit"):
+            return 0
+        if text == "/clear":
+            messages = list(first)
+        elif text.startswith("/") and " " not in text and text != "/nothink":
+            _say(args, f"{text}: unknown; there are /clear and /exit")
+        elif text:
+            turn = [*messages, {"role": "user", "content": text}]
+            reasoning, content, calls, last = "", "", [], None
+            try:
+                for last in stream_generate(
+                    model, tokenizer, turn, tools=tools, enable_thinking=not args.no_think, **options
+                ):
+                    print(last.text, end="", flush=True)
+                    reasoning, content = reasoning + last.reasoning, content + last.content
+                    calls += last.tool_calls
+            except UsageError as error:  # the conversation has outgrown the context: say so and stay
+                print(f"glm-jax: {error}", file=sys.stderr)
+                continue
+            except KeyboardInterrupt:
+                pass
+            print(flush=True)
+            answer: dict[str, Any] = {"role": "assistant", "content": content, "reasoning_content": reasoning}
+            messages = [*turn, answer | ({"tool_calls": calls} if calls else {})]
+            if last:
+                _numbers(args, last)
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """A table of the weights of a folder as they would lie on the mesh; reads headers only."""
+    import jax
+
+    from glm_jax.config import PRESETS, preset
+    from glm_jax.convert import hf
+    from glm_jax.convert.hub import fetch
+    from glm_jax.convert.safetensors import read_folder
+    from glm_jax.inspect import describe
+    from glm_jax.loading import DEMO, read_config
+    from glm_jax.model import GLM
+    from glm_jax.planner import default_mesh, first_layers
+    from glm_jax.sharding import mesh, rules
+
+    name = args.path or args.model or str(DEMO)
+    if name.lower() in PRESETS and not Path(name).exists():
+        config = preset(name)
+    else:
+        folder = fetch(name, revision=args.revision, token=args.token, offline=args.offline)
+        config, tensors = read_config(folder), read_folder(folder)
+        config = hf.without_missing_mtp(config, tensors, folder)
+        hf.check(config, tensors, folder)
+    if args.dtype:
+        config = dataclasses.replace(config, dtype=jax.numpy.dtype(args.dtype))
+    if args.layers:
+        config = first_layers(config, args.layers)
+    made = _abstract_mesh(args.mesh) if args.mesh else mesh(default_mesh(config, rules(args.rules), jax.devices()))
+    found = describe(GLM(config, made, args.rules, seed=None))
+    totals = {key: sum(getattr(w, key) for w in found) for key in ("parameters", "bytes", "device_bytes")}
+    if args.json:
+        print(json.dumps({"weights": [dataclasses.asdict(w) for w in found], "total": totals}))
+        return 0
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("weight", "dtype", "shape @ mesh axis", box=box.SIMPLE_HEAD)
+    for heading in ("parameters", "MiB", "MiB/device"):
+        table.add_column(heading, justify="right")
+    mib = lambda n: f"{n / 2**20:,.2f}"
+    for w in found:
+        row = (w.name, w.dtype, w.sharding.replace("[", r"\["))
+        table.add_row(*row, f"{w.parameters:,}", mib(w.bytes), mib(w.device_bytes))
+    table.add_section()
+    table.add_row(
+        f"{len(found)} weights", "", "", f"{totals['parameters']:,}", mib(totals["bytes"]), mib(totals["device_bytes"])
+    )
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    return 0
+
+
+def _abstract_mesh(text: str):
+    """A mesh of any size, with no devices: a table needs none."""
+    from jax.sharding import AbstractMesh
+
+    from glm_jax.sharding import AXES, mesh_sizes
+
+    return AbstractMesh(tuple(mesh_sizes(text).values()), AXES)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="glm-jax", description="GLM-4.5, 4.6 and 4.7 in JAX.", epilog="glm-jax VERB --help shows the flags of a verb."
+    )
+    parser.add_argument("--version", action="version", version=f"glm-jax {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    add = lambda verb, run, groups: _verb(verbs, verb, run, groups)
+    p = add("generate", generate, (_model_flags, _sampling_flags, _chat_flags))
+    p.add_argument("--prompt", "-p", metavar="TEXT", help="what to go on from, or to answer; - reads stdin")
+    p.add_argument("--raw", action="store_true", help="no chat template: the text is the prompt")
+    p = add("chat", chat, (_model_flags, _sampling_flags, _chat_flags))
+    p = add("inspect", inspect, (_model_flags,))
+    p.add_argument("path", nargs="?", help="a folder, a Hub id, or glm-4.5, glm-4.5-air, glm-4.6, glm-4.7")
+    return parser
+
+
+def _verb(verbs, verb: str, run: Callable[[argparse.Namespace], int], groups) -> argparse.ArgumentParser:
+    about = (run.__doc__ or "").strip()
+    p = verbs.add_parser(verb, help=about.split("\n")[0], description=about)
+    p.set_defaults(run=run)
+    for group in groups:
+        group(p)
+    p.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    p.add_argument("--quiet", action="store_true", help="stdout is the answer and one newline, stderr is empty")
+    p.add_argument("--debug", action="store_true", help="show the stack trace of an error")
+    return p
+
+
+def _model_flags(p: argparse.ArgumentParser):
+    p.add_argument("--model", "-m", metavar="PATH", help="a Hugging Face folder or Hub id (default: the demo)")
+    p.add_argument("--mesh", metavar="M", help="as expert=4,tensor=2 (default: all devices, as the model fits)")
+    p.add_argument("--rules", default="ep", metavar="NAME", help="sharding rules: ep or tp (default ep)")
+    p.add_argument("--dtype", choices=("bfloat16", "float32"), help="of weights and compute (default: as stored)")
+    p.add_argument("--layers", type=int, metavar="N", help="only the first N layers")
+    p.add_argument("--revision", help="of a Hub id: branch, tag or commit")
+    p.add_argument("--token", help="for the Hub (default: the one you logged in with)")
+    p.add_argument("--offline", action="store_true", help="never go to the Hub, use what is downloaded")
+
+
+def _sampling_flags(p: argparse.ArgumentParser):
+    p.add_argument("--max-tokens", type=int, default=200, metavar="N")
+    p.add_argument("--temperature", default="0", metavar="T", help="0 is greedy; auto: as the folder says (default 0)")
+    p.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    p.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is all")
+    p.add_argument("--min-p", type=float, default=0.0, metavar="P")
+    p.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 is none")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+
+
+def _chat_flags(p: argparse.ArgumentParser):
+    p.add_argument("--system", metavar="TEXT", help="a system turn before the prompt")
+    p.add_argument("--no-think", action="store_true", help="ask for an answer without reasoning")
+    p.add_argument("--tools", metavar="FILE", help="a JSON file with a list of tool schemas")
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of stream_generate, checked before anything slow begins."""
+    names = ("max_tokens", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "seed")
+    options = {name: getattr(args, name) for name in names}
+    if args.temperature == "auto":
+        from glm_jax.convert.hub import fetch
+        from glm_jax.loading import DEMO, generation_defaults
+
+        folder = fetch(args.model or DEMO, revision=args.revision, token=args.token, offline=args.offline)
+        options["temperature"] = float(generation_defaults(folder).get("temperature", 1.0))
+    else:
+        try:
+            options["temperature"] = float(args.temperature)
+        except ValueError:
+            raise UsageError(f"--temperature {args.temperature}: must be a number, or auto") from None
+    if args.max_tokens < 0:
+        raise UsageError(f"--max-tokens {args.max_tokens}: must be 0 or more")
+    from glm_jax.sample import Sampling
+
+    Sampling.of(options["temperature"], args.top_k, args.top_p, args.min_p, args.repetition_penalty, 1)
+    return options
+
+
+def _tools(path: str | None) -> list[dict] | None:
+    if path is None:
+        return None
+    try:
+        tools = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--tools {path}: {error}") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UsageError(f"--tools {path}: must hold a list of tool schemas")
+    return tools
+
+
+def _load(args: argparse.Namespace):
+    from glm_jax.loading import DEMO, load
+
+    options = {key: getattr(args, key) for key in ("mesh", "rules", "dtype", "layers", "revision", "token", "offline")}
+    with _progress(args, "loading") as progress:
+        model, tokenizer = load(args.model or DEMO, **options, progress=progress)
+    if tokenizer is None:
+        raise UsageError(f"{args.model}: this folder has no tokenizer.json, so there is no text; use generate_ids in Python")
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def _progress(args: argparse.Namespace, what: str):
+    """A bar on a terminal, a line every ten seconds elsewhere; nothing for what is over within a second."""
+    begin, last = time.monotonic(), [0.0]
+    if args.quiet:
+        yield None
+        return
+    if not sys.stderr.isatty():
+
+        def line(done: int, total: int):
+            now = time.monotonic()
+            if now - begin > 1 and now - last[0] > 10:
+                last[0] = now
+                _say(args, f"{what} {done / 2**30:.1f} of {total / 2**30:.1f} GiB")
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=time.monotonic() - begin > 1)
+
+
+def _first_token_note(args: argparse.Namespace):
+    if not any(Path(_cache_dir()).glob("*")):
+        _say(args, "compiling for the first time (kept for the next run)")
+
+
+def _cache_dir() -> str:
+    return os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(Path.home() / ".cache" / "glm_jax" / "xla")
+
+
+def _quiet_libraries():
+    """What must be set before jax and transformers are imported: the compile cache, and no chatter."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache_dir())
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
+@contextlib.contextmanager
+def _silent_stderr():
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _say(args: argparse.Namespace, text: str):
+    if not args.quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _numbers(args: argparse.Namespace, r):
+    _say(args, f"prompt:      {r.prompt_tokens} tokens, {r.prompt_tps:.1f} tok/s")
+    _say(args, f"generation:  {r.generation_tokens} tokens, {r.generation_tps:.1f} tok/s")
+    _say(args, f"peak memory: {r.peak_memory / 2**30:.2f} GiB")
+
+
+def _as_json(responses) -> dict[str, Any]:
+    last = responses[-1]
+    joined = {key: "".join(getattr(r, key) for r in responses) for key in ("text", "reasoning", "content")}
+    numbers = {key: getattr(last, key) for key in ("finish_reason", "prompt_tokens", "generation_tokens")}
+    return {
+        **joined,
+        "tool_calls": [call for r in responses for call in r.tool_calls],
+        "tokens": [r.token for r in responses],
+        "logprobs": [r.logprob for r in responses],
+        **numbers,
+        "prompt_tok_per_s": last.prompt_tps,
+        "generation_tok_per_s": last.generation_tps,
+        "peak_memory_bytes": last.peak_memory,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
