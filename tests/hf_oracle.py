@@ -198,6 +198,10 @@ def ids(fields: dict, batch: int = 2, length: int = 23, seed: int = 0) -> np.nda
     return np.random.default_rng([17, seed]).integers(0, (BASE | fields)["vocab_size"], (batch, length))
 
 
+def _tensor(x) -> torch.Tensor:
+    return x if isinstance(x, torch.Tensor) else torch.from_numpy(np.array(x))  # a copy: jax's arrays are read-only
+
+
 @torch.no_grad()
 def forward(model, tokens) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
     """Logits [B, T, V], the hidden state after each layer [B, T, D], and the last one after the final norm, as fp32."""
@@ -206,7 +210,7 @@ def forward(model, tokens) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
         layer.register_forward_hook(lambda module, args, out: states.append(out.float().numpy().copy()))
         for layer in (*model.model.layers, model.model.norm)
     ]
-    logits = model(torch.as_tensor(np.array(tokens))).logits.float().numpy()
+    logits = model(_tensor(tokens)).logits.float().numpy()
     for hook in hooks:
         hook.remove()
     return logits, states[:-1], states[-1]
@@ -226,7 +230,7 @@ def mtp_model(model) -> MtpModel:
 def mtp_logits(model, tokens, extra: MtpModel | None = None) -> torch.Tensor:
     """Logits [B, T-1, V] of the MTP layer: row i, from the hidden state of token i and the embedding of token i + 1, is
     about token i + 2. Differentiable."""
-    extra, tokens = extra or mtp_model(model), torch.as_tensor(np.array(tokens))
+    extra, tokens = extra or mtp_model(model), _tensor(tokens)
     hidden = model.model(tokens).last_hidden_state[:, :-1]
     positions = torch.arange(1, tokens.shape[1])[None]
     out = extra.forward_layer(0, hidden, positions, None, input_ids=tokens[:, 1:])
@@ -239,7 +243,7 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def gradients(model, tokens, mtp_weight: float = 0.0) -> tuple[float, dict[str, np.ndarray]]:
     """The mean next-token loss, with mtp_weight times that of the MTP layer added, and its gradients by tensor name."""
-    tokens = torch.as_tensor(np.array(tokens))
+    tokens = _tensor(tokens)
     extra = mtp_model(model).requires_grad_(True) if mtp_weight else None
     model.zero_grad()
     loss = cross_entropy(model(tokens).logits[:, :-1], tokens[:, 1:])
@@ -289,5 +293,5 @@ def rope(fields: dict, positions) -> tuple[np.ndarray, np.ndarray]:
     from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRotaryEmbedding
 
     rotary = Glm4MoeRotaryEmbedding(Glm4MoeConfig(**BASE | fields))
-    cos, sin = rotary(torch.zeros(1), torch.as_tensor(np.array(positions))[None])
+    cos, sin = rotary(torch.zeros(1), _tensor(positions)[None])
     return cos[0].numpy(), sin[0].numpy()
