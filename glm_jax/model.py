@@ -28,6 +28,12 @@ from glm_jax.sharding import rules as make_rules
 FLOAT32 = jnp.dtype("float32")
 
 
+def project(x: Float[Array, "B T D"], w: Float[Array, "*out D"]) -> Float[Array, "B T *out"]:
+    """x times w over the last axis of both. As one matrix of rows: XLA on CPU would transpose a stack of them."""
+    y = jnp.einsum("btd,id->bti", x, w.reshape(-1, w.shape[-1]))
+    return y.reshape(*x.shape[:2], *w.shape[:-1])
+
+
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "... D"]:
     """RMSNorm in float32, cast to x's dtype before the weight is applied, as the published model does."""
     y = x.astype(jnp.float32)
@@ -110,7 +116,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x, step: "Step", cache: Cache | None, layer):  # x [B, T, D]
         c, rules = step.config, step.rules
-        q, k, v = (jnp.einsum("btd,nhd->btnh", x, w[...]) for w in (self.q, self.k, self.v))
+        q, k, v = (project(x, w[...]) for w in (self.q, self.k, self.v))
         if c.attention_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         if c.use_qk_norm:
@@ -134,8 +140,8 @@ class Attention(nnx.Module):
 
             y, ck, cv = attend(q, k, v, step.positions, cache.k, cache.v, layer)
             cache = Cache(ck, cv, cache.length)
-        y = jnp.einsum("btnh,dnh->btd", y, self.o[...], out_sharding=rules("batch", "seq", None))
-        return y, cache
+        y, o = y.reshape(*y.shape[:2], -1), self.o[...].reshape(x.shape[-1], -1)
+        return jnp.einsum("bti,di->btd", y, o, out_sharding=rules("batch", "seq", None)), cache
 
 
 class MLP(nnx.Module):
@@ -144,8 +150,8 @@ class MLP(nnx.Module):
         self.down = weight((L, config.hidden_size, F), None, "ffn")
 
     def __call__(self, x, step: "Step"):  # x [B, T, D]
-        h = jnp.einsum("btd,cfd->btcf", x, self.gate_up[...])
-        h = jax.nn.silu(h[:, :, 0]) * h[:, :, 1]
+        gate, up = (project(x, self.gate_up[...][c]) for c in (0, 1))
+        h = jax.nn.silu(gate) * up
         return jnp.einsum("btf,df->btd", h, self.down[...], out_sharding=step.rules("batch", "seq", None))
 
 
