@@ -41,7 +41,7 @@ def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> 
     return (y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)).astype(x.dtype) * scale
 
 
-def rope_angles(positions: Int[Array, "B T"], config: Config) -> tuple[jax.Array, jax.Array]:
+def rope_angles(positions: Int[Array | np.ndarray, "B T"], config: Config) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [B, T, 1, R/2] of the rotary angles, in float32.
 
     The frequencies are rounded to float32 step by step as the reference rounds them: at position 202,751 one unit in
@@ -50,7 +50,7 @@ def rope_angles(positions: Int[Array, "B T"], config: Config) -> tuple[jax.Array
     exponent = (np.arange(0, R, 2, dtype=np.float32) / np.float32(R)).astype(np.float64)
     power = (np.float64(config.rope_theta) ** exponent).astype(np.float32)
     frequency = np.float32(1) / power
-    angle = positions.astype(jnp.float32)[:, :, None, None] * frequency
+    angle = jnp.asarray(positions).astype(jnp.float32)[:, :, None, None] * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
 
