@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class Config:
             raise MissingInput(f"{path}: no such file; a model folder needs a config.json")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise BadInput(f"{path}: not JSON ({error})") from None
         if not isinstance(raw, dict):
             raise BadInput(f"{path}: holds a {type(raw).__name__}, not an object")
@@ -106,12 +107,18 @@ def _conflicts(c: Config):
     for field in dataclasses.fields(c):
         value, least = getattr(c, field.name), 0 if field.name in _MAY_BE_ZERO else 1
         if field.type is int:
-            yield not isinstance(value, int) or value < least, f"{field.name} is {value!r}, not an integer >= {least}"
+            yield not _is_integer(value, least), f"{field.name} is {value!r}, not an integer >= {least}"
         elif field.type is float:
-            number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+            number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
             yield not number, f"{field.name} is {value!r}, not a number > 0"
         elif field.type is bool:
             yield not isinstance(value, bool), f"{field.name} is {value!r}, not true or false"
+    more = _is_integer(c.num_nextn_predict_layers, 2)
+    yield more, f"num_nextn_predict_layers is {c.num_nextn_predict_layers!r}, this model has at most one"
+    stops = isinstance(c.eos_token_id, tuple) and all(_is_integer(i, 0) for i in c.eos_token_id)
+    yield not stops, f"eos_token_id is {c.eos_token_id!r}, not an id or a list of ids"
+    pad = c.pad_token_id is None or _is_integer(c.pad_token_id, 0)
+    yield not pad, f"pad_token_id is {c.pad_token_id!r}, not an id"
     try:
         heads, groups = c.num_attention_heads % c.num_key_value_heads, c.n_routed_experts % c.n_group
         yield heads, f"num_attention_heads {c.num_attention_heads} is no multiple of {c.num_key_value_heads} KV heads"
@@ -127,8 +134,12 @@ def _conflicts(c: Config):
             f"partial_rotary_factor {c.partial_rotary_factor} of head_dim {c.head_dim} is {c.rotary_dim}, "
             f"not an even number from 2 to {c.head_dim}",
         )
-    except (TypeError, ZeroDivisionError):
+    except (ArithmeticError, TypeError, ValueError):
         pass  # a field above is no number, and is named there
+
+
+def _is_integer(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 _MAY_BE_ZERO = ("first_k_dense_replace", "num_nextn_predict_layers")
@@ -156,7 +167,8 @@ def _parse(raw: Mapping[str, Any], where: str) -> Config:
     values = dict(raw)
     rope = raw.get("rope_parameters")
     if rope is not None:  # transformers 5 moved the two rope numbers in here
-        if not isinstance(rope, Mapping) or rope.get("rope_type", "default") != "default":
+        types = [rope[name] for name in ("rope_type", "type") if name in rope] if isinstance(rope, Mapping) else [None]
+        if any(kind != "default" for kind in types):
             raise BadInput(f"{where}: rope_parameters is {rope!r}, this model only has rope_type 'default'")
         unknown = set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
         if unknown:
@@ -166,9 +178,9 @@ def _parse(raw: Mapping[str, Any], where: str) -> Config:
                 if name in raw and raw[name] != rope[name]:
                     raise BadInput(f"{where}: {name} is {raw[name]!r}, but {rope[name]!r} in rope_parameters")
                 values[name] = rope[name]
-    dtypes = {raw[name] for name in ("dtype", "torch_dtype") if raw.get(name) is not None}
+    dtypes = {str(raw[name]) for name in ("dtype", "torch_dtype") if raw.get(name) is not None}
     if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
-        found = " and ".join(map(repr, sorted(map(str, dtypes)))) or "missing"
+        found = " and ".join(map(repr, sorted(dtypes))) or "missing"
         raise BadInput(f"{where}: dtype (torch_dtype in older files) is {found}, not one of {', '.join(_DTYPES)}")
     values["dtype"] = jnp.dtype(dtypes.pop())
     eos = raw.get("eos_token_id")
