@@ -201,7 +201,7 @@ def _parse(raw: Mapping[str, Any], where: str) -> Config:
         raise BadInput(str(error).replace("config", where, 1)) from None
 
 
-_GLM_4_6 = dict(
+_GLM_4_6: dict[str, Any] = dict(
     vocab_size=151552,
     hidden_size=5120,
     num_hidden_layers=92,
@@ -230,7 +230,7 @@ _GLM_4_6 = dict(
     pad_token_id=151329,
     dtype=jnp.dtype("bfloat16"),
 )
-_AIR = dict(
+_AIR: dict[str, Any] = dict(
     hidden_size=4096,
     num_hidden_layers=46,
     first_k_dense_replace=1,
@@ -241,8 +241,9 @@ _AIR = dict(
     max_position_embeddings=131072,
     use_qk_norm=False,
 )
+_GLM_4_5: dict[str, Any] = dict(max_position_embeddings=131072)
 PRESETS = {
-    "glm-4.5": Config(**_GLM_4_6 | {"max_position_embeddings": 131072}),
+    "glm-4.5": Config(**_GLM_4_6 | _GLM_4_5),
     "glm-4.5-air": Config(**_GLM_4_6 | _AIR),
     "glm-4.6": Config(**_GLM_4_6),
     "glm-4.7": Config(**_GLM_4_6),
@@ -259,7 +260,7 @@ def preset(name: str) -> Config:
 def tiny(**changes: Any) -> Config:
     """A Config small enough for a test, in float32; every dimension divides by 4, and heads times width is not the
     hidden size."""
-    small = dict(
+    small: dict[str, Any] = dict(
         vocab_size=128,
         hidden_size=64,
         num_hidden_layers=4,
