@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from glm_jax.errors import UsageError
-from glm_jax.model import GLM, in_mesh
+from glm_jax.model import GLM, batch_shards, hand_out, in_mesh, with_all_gradients
 
 
 def loss(model: GLM, ids, mask=None, mtp_weight: float = 0.0, remat: bool = True):
@@ -25,9 +25,14 @@ def loss(model: GLM, ids, mask=None, mtp_weight: float = 0.0, remat: bool = True
         raise UsageError(f"ids must be [batch, tokens] with a next token to predict, its shape is {ids.shape}")
     if mtp_weight > 0 and model.mtp is None:
         raise UsageError(f"mtp_weight is {mtp_weight}, but this model has no MTP layer")
-    graph, state = nnx.split(model)
+    if ids.shape[0] % batch_shards(model):
+        raise UsageError(f"a batch of {ids.shape[0]} rows cannot be cut into {batch_shards(model)} parts: take a multiple")
     mask = jnp.ones(ids.shape, bool) if mask is None else jnp.asarray(mask)
-    return _loss(graph, state, ids, mask, float(mtp_weight), remat)
+    # Placed, so that outside jit the parts without a weight still know their devices.
+    ids, mask = jax.device_put((ids, mask), jax.NamedSharding(model.mesh, model.rules("batch", "seq")))
+    graph, state = nnx.split(model)
+    mean, metrics = _loss(graph, state, ids, mask, float(mtp_weight), remat)
+    return hand_out(model, mean), {name: hand_out(model, jax.lax.stop_gradient(m)) for name, m in metrics.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
@@ -42,12 +47,12 @@ def _loss(model, ids, mask, mtp_weight, remat):
     if collect:
         metrics["load"] = expert_load(found["routing"][0], c.n_routed_experts)
     if mtp_weight == 0:
-        return mean, metrics
+        return with_all_gradients(mean, nnx.state(model)), metrics
     hidden, routing = model.mtp_hidden(ids, hidden, scan_experts=True)
     # Its state i has seen token i+1 and predicts token i+2.
     mtp, _ = cross_entropy(model.logits(hidden)[:, :-1], ids[:, 2:], mask[:, 2:])
     metrics |= {"mtp_loss": mtp, "mtp_load": expert_load(routing[0], c.n_routed_experts)}
-    return mean + mtp_weight * mtp, metrics
+    return with_all_gradients(mean + mtp_weight * mtp, nnx.state(model)), metrics
 
 
 def cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"], mask: Int[Array, "B T"]):

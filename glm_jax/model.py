@@ -288,11 +288,8 @@ class GLM(nnx.Module):
         graph, state = nnx.split(self)
         advance = np.full(rows, T, np.int32)
         logits, cache = _call(graph, state, ids, cache, advance, is_traced(self))
-        if jax.sharding.get_abstract_mesh().empty:
-            # The same bytes under a mesh whose axes do not ask the caller to spell every sharding.
-            spec = self.rules("batch", "seq", "vocab")
-            logits = jax.device_put(logits, jax.NamedSharding(auto(self.mesh), spec))
-        elif rows != B:
+        logits = hand_out(self, logits, "batch", "seq", "vocab")
+        if rows != B and not jax.sharding.get_abstract_mesh().empty:
             logits = jax.reshard(logits, self.rules(None, "seq", "vocab"))
         return (logits if (rows, width) == (B, T) else logits[:B, :T]), cache
 
@@ -335,7 +332,7 @@ class GLM(nnx.Module):
         if cache is not None:
             cache = Cache(cache.k, cache.v, start + jax.reshard(advance, rules("batch")))
         merge = lambda *parts: jnp.concatenate(parts)
-        return x, cache, {name: jax.tree.map(merge, *parts) for name, parts in found.items()}
+        return x, cache, {name: jax.tree.map(merge, *parts) for name, parts in found.items() if parts}
 
     def logits(self, hidden):
         """States after the final norm [..., D] -> logits [..., V]."""
@@ -397,23 +394,31 @@ def in_mesh(function):
 def _call(model, ids, cache, advance, scan_experts):
     x, cache, _ = model.trunk(ids, cache, advance, scan_experts=scan_experts)
     logits = model.logits(x)
-    return (_zero_gradients(logits, nnx.state(model)) if scan_experts else logits), cache
+    return (with_all_gradients(logits, nnx.state(model)) if scan_experts else logits), cache
 
 
 @jax.custom_vjp
-def _zero_gradients(logits, weights):
-    """Hands the logits on. Outside jit, jax.grad makes the gradient of a weight without influence (the MTP layer, the
-    correction bias) itself, and cannot where the weight has an explicit sharding but no mesh is set: so it is made here."""
-    return logits
+def with_all_gradients(result, weights):
+    """Hands the result on. Outside jit, jax.grad makes the gradient of a weight without influence (the MTP layer, the
+    correction bias) itself, and cannot where the weight has an explicit sharding but no mesh is set: it is made here."""
+    return result
 
 
-_zero_gradients.defvjp(lambda logits, w: (logits, w), lambda w, g: (g, jax.tree.map(jnp.zeros_like, w)))
+with_all_gradients.defvjp(lambda result, w: (result, w), lambda w, g: (g, jax.tree.map(jnp.zeros_like, w)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 @in_mesh
 def _mtp_logits(model, ids, hidden):
     return model.logits(model.mtp_hidden(ids, hidden)[0])
+
+
+def hand_out(model: GLM, tree, *axes):
+    """Results for the caller's own code: the same bytes under a mesh whose axes do not ask to spell every sharding, or
+    as they are where the caller has set a mesh."""
+    if not jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.device_put(tree, jax.NamedSharding(auto(model.mesh), model.rules(*axes)))
 
 
 def bucket(n: int, least: int = 16) -> int:
