@@ -13,12 +13,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from glm_jax.config import Config
 from glm_jax.convert.safetensors import Tensor, write_folder
-from glm_jax.errors import BadInput, MissingInput
+from glm_jax.errors import BadInput
 from glm_jax.model import GLM, fill, weight_path
 from glm_jax.sharding import auto
 
@@ -135,7 +134,9 @@ def tensor_shapes(config: Config, mtp_copies: bool = False) -> dict[str, tuple[i
 
 def _copies(config: Config) -> dict[str, tuple[int, ...]]:
     shape = (config.vocab_size, config.hidden_size)
-    return {name.format(l=config.num_hidden_layers): shape for name in _COPIES} if config.num_nextn_predict_layers else {}
+    return (
+        {name.format(l=config.num_hidden_layers): shape for name in _COPIES} if config.num_nextn_predict_layers else {}
+    )
 
 
 def without_missing_mtp(config: Config, tensors: Mapping[str, Tensor], where: str | Path) -> Config:
@@ -223,22 +224,20 @@ def _block(row: Row, index, dtype, tensors, devices, pool, progress) -> list[jax
         part = _read(row, index, dtype, tensors, pool)
         progress(part.nbytes)
         return [jax.device_put(part, device) for device in devices]
-    place = [jax.sharding.SingleDeviceSharding(device) for device in devices]
-    shards = [_zeros(shape, dtype, s) for s in place]
+    shards = [_zeros(shape, dtype, device) for device in devices]
     for i, layer in enumerate(range(index[0].start, index[0].stop)):
         part = _read(row, (slice(layer, layer + 1), *index[1:]), dtype, tensors, pool)
-        shards = [_insert(shard, jax.device_put(part, s), i) for shard, s in zip(shards, place, strict=True)]
+        shards = [_insert(shard, jax.device_put(part, d), i) for shard, d in zip(shards, devices, strict=True)]
         progress(part.nbytes)
     return shards
 
 
-def _zeros(shape, dtype, sharding):
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+def _zeros(shape, dtype, device):
+    with jax.default_device(device):  # made there; a new jit for each would compile each time
+        return jnp.zeros(shape, dtype)
 
 
-_insert = jax.jit(
-    lambda stack, part, at: jax.lax.dynamic_update_slice_in_dim(stack, part, at, 0), donate_argnums=0
-)
+_insert = jax.jit(lambda stack, part, at: jax.lax.dynamic_update_slice_in_dim(stack, part, at, 0), donate_argnums=0)
 
 
 def _read(row: Row, index, dtype, tensors, pool) -> np.ndarray:

@@ -62,30 +62,27 @@ def device_bytes(device: jax.Device) -> int:
 
 def default_mesh(config: Config, rules: Rules, devices: list[jax.Device]) -> str:
     """The mesh for these devices: experts spread as far as they go, more over `tensor` if that is what makes it fit."""
-    best: dict[int, str] = {}
-    for spec, mesh in _meshes(config, rules, len(devices)):
-        total = needs(config, mesh, rules).total
-        if total <= device_bytes(devices[0]):
-            return spec
-        best.setdefault(total, spec)
-    return best[min(best)] if best else "data=1"
+    for count in range(len(devices), 0, -1):  # if no mesh of all devices divides the model, as many as do
+        best: dict[int, str] = {}
+        for spec, mesh in _meshes(config, rules, count):
+            total = needs(config, mesh, rules).total
+            if total <= device_bytes(devices[0]):
+                return spec
+            best.setdefault(total, spec)
+        if best:
+            return best[min(best)]
+    return "data=1"
 
 
 def _meshes(config: Config, rules: Rules, devices: int):
-    """Every expert x tensor mesh of this many devices that divides the model, most expert-parallel first; if no mesh
-    of all devices does, of as many as do."""
-    for count in range(devices, 0, -1):
-        found = []
-        for tensor in (n for n in range(1, count + 1) if count % n == 0):
-            mesh = AbstractMesh((1, count // tensor, tensor), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
-            try:
-                check_mesh(config, mesh, rules)
-            except UsageError:
-                continue
-            found.append((describe(mesh), mesh))
-        if found:
-            yield from found
-            return
+    """Every expert x tensor mesh of this many devices that divides the model, most expert-parallel first."""
+    for tensor in (n for n in range(1, devices + 1) if devices % n == 0):
+        mesh = AbstractMesh((1, devices // tensor, tensor), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+        try:
+            check_mesh(config, mesh, rules)
+        except UsageError:
+            continue
+        yield describe(mesh), mesh
 
 
 def refuse_if_too_large(config: Config, mesh, rules: Rules, name: str) -> None:
@@ -95,7 +92,7 @@ def refuse_if_too_large(config: Config, mesh, rules: Rules, name: str) -> None:
         return
     fits = []
     for devices in (2**n for n in range(mesh.size.bit_length(), 13)):
-        found = [(s, needs(config, m, rules)) for s, m in _meshes(config, rules, devices) if m.size == devices]
+        found = [(s, needs(config, m, rules)) for s, m in _meshes(config, rules, devices)]
         spec, smallest = min(found, key=lambda f: f[1].total, default=("", None))
         if smallest and smallest.total <= have:
             fits.append(f"--mesh {spec} ({smallest.total / GIB:.1f} GiB, {devices} devices)")
