@@ -281,9 +281,8 @@ def greedy(model, prompts: list[list[int]], count: int) -> list[list[int]]:
     """transformers' `generate`, each prompt alone: the new ids."""
     out = []
     for prompt in prompts:
-        tokens = model.generate(
-            torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
-        )
+        ids = torch.tensor([prompt])  # with the mask said: else an id equal to pad_token_id is taken for padding
+        tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
         out.append(tokens[0, len(prompt) :].tolist())
     return out
 
