@@ -32,7 +32,9 @@ def loss(model: GLM, ids, mask=None, mtp_weight: float = 0.0, remat: bool = True
     ids, mask = jax.device_put((ids, mask), jax.NamedSharding(model.mesh, model.rules("batch", "seq")))
     graph, state = nnx.split(model)
     mean, metrics = _loss(graph, state, ids, mask, float(mtp_weight), remat)
-    return hand_out(model, mean), {name: hand_out(model, jax.lax.stop_gradient(m)) for name, m in metrics.items()}
+    if isinstance(jnp.zeros(()), jax.core.Tracer):  # inside jit, beside weights: as the weights are
+        return mean, metrics
+    return hand_out(model, mean), jax.lax.stop_gradient(metrics)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
