@@ -42,10 +42,10 @@ def _zeros(shape, dtype, mesh, rules):
     spec = rules(None, "batch", "heads", "seq", None)
     kv, length = jax.NamedSharding(mesh, spec), jax.NamedSharding(mesh, rules("batch"))
     make = jax.jit(
-        lambda: Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape[1], jnp.int32)),
-        out_shardings=Cache(kv, kv, length),
+        lambda: (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape[1], jnp.int32)),
+        out_shardings=(kv, kv, length),
     )
-    return make()
+    return Cache(*make())
 
 
 def write(stack: jax.Array, new: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:

@@ -127,6 +127,7 @@ def generate_ids(
     What a row gets depends on its prompt and its seed alone: rows of one prompt and one seed get the same answer, so
     give a list of seeds, one a row, to draw several."""
     stop = set(model.config.eos_token_id if stop_ids is None else stop_ids)
+    _table(model, prompts)  # wrong prompts are errors also where no token is wanted
     rows: list[list[int]] = [[] for _ in prompts]
     limits = [_limit(model, len(prompt), max_tokens) for prompt in prompts]
     open_rows = {i for i, limit in enumerate(limits) if limit}
@@ -210,9 +211,7 @@ def _step(model: GLM, cache: Cache, seen, ids, advance, sampling: Sampling, keys
         return token[:, None], logprob, seen
 
     specs = rules("batch", None), rules("batch"), rules("batch", None)
-    ids, logprob, seen = jax.sharding.auto_axes(choose, out_sharding=specs)(
-        logits, seen, keys, cache.length, sampling
-    )
+    ids, logprob, seen = jax.sharding.auto_axes(choose, out_sharding=specs)(logits, seen, keys, cache.length, sampling)
     return ids, logprob, cache, seen
 
 
@@ -224,9 +223,10 @@ class _StopStrings:
 
     def add(self, text: str) -> str:
         self.held += text
-        at = min((i for s in self.stop if (i := self.held.find(s)) >= 0), default=-1)
-        if self.found or at >= 0:
-            text, self.held, self.found = self.held[: max(at, 0)], "", True
+        # The one complete first, and of several the longest: so it does not matter in which pieces the text came.
+        found = [(i + len(s), i) for s in self.stop if (i := self.held.find(s)) >= 0]
+        if found:
+            text, self.held, self.found = self.held[: min(found)[1]], "", True
             return text
         starts = (n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n]))
         keep = len(self.held) - max(starts, default=0)
