@@ -200,7 +200,7 @@ class MoE(nnx.Module):
             for axis in reversed(own):
                 tokens, ids, share = (jax.lax.all_gather(a, axis, tiled=True) for a in (tokens, ids, share))
             first = jax.lax.axis_index(rules.experts) * down.shape[1] if rules.experts else 0
-            y = kernels.routed_experts(tokens, ids - first, share, gate_up, down, layer)
+            y = kernels.routed_experts(tokens, ids - first, share, gate_up, down, layer, c.n_routed_experts)
             y = jax.lax.psum(y, summed)
             for axis in own:
                 y = jax.lax.psum_scatter(y, axis, tiled=True)

@@ -2,9 +2,10 @@
 
 Each tile holds rows of one expert, padded to the tile's height, so the work is the rows' own and not E times that, as
 `jax.lax.ragged_dot` costs on CPU and GPU. A few rows (decoding) are tiles of one row: only the chosen experts are
-read, and XLA on CPU fuses the look-up of the weight into the matrix-vector product, so nothing is copied.
+read, one matrix-vector product each.
 The weights stay one `[L, E, ...]` stack with a layer index: slicing a layer out would copy it at every step."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -36,12 +37,14 @@ def routed_experts(
     gate_up: Float[Array, "L E 2 F D"],
     down: Float[Array, "L E D F"],
     layer: "int | Int[Array, '']" = 0,
+    all_experts: int | None = None,
 ) -> Float[Array, "T D"]:
     """The sum over each token's experts of `share * down(silu(gate x) * up x)`, in float32.
 
-    An id outside 0..E-1 is another device's expert and adds nothing here."""
+    An id outside 0..E-1 is another device's expert and adds nothing here; `all_experts` (default E) says over how many
+    the tokens are spread, which sets the tiles' height and not the result."""
     (L, E, _, F, D), k, layer = gate_up.shape, ids.shape[-1], jnp.asarray(layer)
-    tiles = _lay_out(jnp.where((ids >= 0) & (ids < E), ids, E).reshape(-1), E)
+    tiles = _lay_out(jnp.where((ids >= 0) & (ids < E), ids, E).reshape(-1), E, all_experts)
     h = _matmul(tiles.of_rows(x, k), gate_up.reshape(L, E, 2 * F, D), tiles.expert, layer)
     gate, up = h[..., :F].astype(jnp.float32), h[..., F:].astype(jnp.float32)
     y = _matmul((jax.nn.silu(gate) * up).astype(x.dtype), down, tiles.expert, layer)
@@ -66,11 +69,11 @@ class _Tiles(NamedTuple):
         return flat.at[self.place].get(mode="fill", fill_value=0)
 
 
-def _lay_out(group, groups):  # group [M] in 0..groups, where `groups` means none
+def _lay_out(group, groups, all_groups=None):  # group [M] in 0..groups, where `groups` means none
     rows = group.shape[0]
     if rows <= ONE_ROW_TILES:
         return _Tiles(jnp.arange(rows)[:, None], jnp.arange(rows), group)
-    height = _tile_height(rows, groups)
+    height = _tile_height(rows, all_groups or groups)
     n = rows // height + groups
     sizes = (group[:, None] == jnp.arange(groups)).sum(0)
     tiles = -(-sizes // height)
@@ -86,9 +89,11 @@ def _lay_out(group, groups):  # group [M] in 0..groups, where `groups` means non
     return _Tiles(source.reshape(n, height), place, expert)
 
 
-def _tile_height(rows, groups):  # the mean group, as a power of two
-    mean = -(-rows // groups)
-    return min(128, max(8, 1 << (mean - 1).bit_length()))
+def _tile_height(rows, groups):
+    """The mean group and two standard deviations of it, so that most groups are one tile: a second one would read the
+    expert's matrix again. In steps of 16, at most 512."""
+    mean = rows / groups
+    return min(512, 16 * math.ceil((mean + 2 * math.sqrt(mean)) / 16))
 
 
 def _varying(*arrays):
