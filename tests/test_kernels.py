@@ -12,10 +12,11 @@ from glm_jax.kernels import grouped_matmul, routed_experts
 from glm_jax.kernels.grouped_matmul import ONE_ROW_TILES
 from glm_jax.sharding import mesh
 
-FLOAT32, BFLOAT16 = np.dtype("float32"), np.dtype(ml_dtypes.bfloat16)
+FLOAT32: np.dtype = np.dtype("float32")
+BFLOAT16: np.dtype = np.dtype(ml_dtypes.bfloat16)
 
 
-def normal(shape, dtype=FLOAT32, seed=0):
+def normal(shape, dtype: np.dtype = FLOAT32, seed=0):
     """Unit-gain noise: standard deviation 1 / sqrt(the last axis)."""
     noise = np.random.default_rng([seed, *shape]).standard_normal(shape) * shape[-1] ** -0.5
     return noise.astype(dtype)
@@ -80,8 +81,8 @@ def test_grouped_matmul(sizes, rest, dtype):
     want = grouped_in_numpy(lhs, rhs[1], sizes)
     assert out.dtype == dtype and out.shape == want.shape
     # Sums are in float32 and rounded once: half a unit of bfloat16's last place is 2^-9 of a number.
-    close = {"rtol": 2**-8, "atol": 1e-6} if dtype == BFLOAT16 else {"rtol": 0, "atol": 1e-6}
-    np.testing.assert_allclose(np.asarray(out, np.float64), want, **close)
+    rtol = 2**-8 if dtype == BFLOAT16 else 0
+    np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=rtol, atol=1e-6)
     assert not np.asarray(out)[sum(sizes) :].any()  # exactly zero past the last group
 
 
@@ -180,6 +181,7 @@ def test_inside_shard_map(T, axes):
     # As the model calls it: experts over `expert`, their width over `tensor`, tokens whole. check_vma is on: a result
     # that is not the same on every device of an axis that out_specs leaves out is an error while tracing.
     made = mesh(axes)
+    assert isinstance(made, jax.sharding.Mesh)
     x, (ids, share) = normal((T, 24)), choose(T, 16, 3)
     gate_up, down, pull = normal((2, 16, 2, 16, 24)), normal((2, 16, 24, 16)), normal((T, 24), seed=1)
 
@@ -222,7 +224,7 @@ def test_no_copy_of_the_experts(T):
     tokens = shape(T, D), shape(T, 8, dtype="int32"), shape(T, 8, dtype="float32")
     args = *tokens, shape(2, E, 2, F, D), shape(2, E, D, F), shape(dtype="int32")
     used = jax.jit(routed_experts).lower(*args).compile().memory_analysis()
-    assert used.argument_size_in_bytes > 2 * 7200 << 20
+    assert used is not None and used.argument_size_in_bytes > 2 * 7200 << 20
     # Measured on CPU: 60 and 93 MiB. 60 are one expert's gate and up in float32, since a CPU multiplies no bfloat16;
     # the rest are the rows in their tiles. A slice of the stack would be 7,200.
     assert used.temp_size_in_bytes < 200 << 20
