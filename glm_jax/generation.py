@@ -39,14 +39,14 @@ class Response:
     peak_memory: int  # bytes on the fullest device; on CPU of the process
 
 
-def generate(model: GLM, tokenizer: Tokenizer, prompt, **options) -> str:
+def generate(model: GLM, tokenizer: Tokenizer | None, prompt, **options) -> str:
     """The whole answer to a prompt as text, with its tags; `parse_response` splits it. Options as stream_generate."""
     return "".join(r.text for r in stream_generate(model, tokenizer, prompt, **options))
 
 
 def stream_generate(
     model: GLM,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     prompt,
     max_tokens: int = 200,
     temperature: float = 0.0,
