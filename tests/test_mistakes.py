@@ -614,22 +614,21 @@ def test_both_config_styles(name):
 # ------------------------------------------------------------------------------------------------------------ text
 
 
-@pytest.mark.parametrize("place", range(3))
-def test_every_stop_id_stops(folder, tmp_path, place):
-    text = generate_ids(golden.one_device(folder), IDS, max_tokens=12, stop_ids=())[0]
-    last = max(text.index(token) for token in text)  # the first time of the token that comes last
-    never = [token for token in range(97) if token not in text][:2]
-    stop_ids = [*never[:place], text[last], *never[place:]]
-    for name in ("config.json", "model.safetensors.index.json"):
-        (tmp_path / name).write_text((folder / name).read_text())
-    for file in folder.glob("*.safetensors"):
+def test_every_stop_id_stops(folder, tmp_path):
+    """Three prompts, each answered with another of three stop ids."""
+    prompts = [[5, 17, 96], [3, 41, 88, 0, 23], [64]]
+    texts = generate_ids(golden.one_device(folder), prompts, max_tokens=12, stop_ids=())
+    others = lambda text: {token for other in texts if other is not text for token in other}
+    stop_ids = [next(token for token in text[4:-1] if token not in others(text)) for text in texts]
+    want = [text[: text.index(stop) + 1] for text, stop in zip(texts, stop_ids, strict=True)]
+    for file in folder.iterdir():
         (tmp_path / file.name).hardlink_to(file)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stop_ids}))
     model = golden.one_device(tmp_path)
-    answer = lambda: generate_ids(model, IDS, max_tokens=12)[0]
-    assert answer() == text[: last + 1]
-    model.config = dataclasses.replace(model.config, eos_token_id=model.config.eos_token_id[:1])
-    assert (answer() == text[: last + 1]) == (place == 0)
+    assert generate_ids(model, prompts, max_tokens=12) == want
+    for known in stop_ids:  # a reader that takes one id of the list
+        wrong = generate_ids(model, prompts, max_tokens=12, stop_ids=[known])
+        assert [row == right for row, right in zip(wrong, want, strict=True)] == [known == stop for stop in stop_ids]
 
 
 @pytest.fixture(scope="module")
