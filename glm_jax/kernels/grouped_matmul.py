@@ -71,14 +71,17 @@ class _Tiles(NamedTuple):
 
 def _lay_out(group, groups, all_groups=None):  # group [M] in 0..groups, where `groups` means none
     rows = group.shape[0]
-    if rows <= ONE_ROW_TILES:
-        return _Tiles(jnp.arange(rows)[:, None], jnp.arange(rows), group)
+    # Not argsort: inside a shard_map it types the order as the same on every device, since what it carries along is an
+    # iota, and the gradient of rows looked up by it would then be summed over devices row by row.
+    _, order = jax.lax.sort_key_val(group, jnp.arange(rows, dtype=group.dtype) + 0 * group)
+    if rows <= ONE_ROW_TILES:  # rows of one expert one after the other, so that its matrix may still be in a cache
+        place = jnp.zeros(rows, order.dtype).at[order].set(jnp.arange(rows), unique_indices=True)
+        return _Tiles(order[:, None], place, group[order])
     height = _tile_height(rows, all_groups or groups)
     n = rows // height + groups
     sizes = (group[:, None] == jnp.arange(groups)).sum(0)
     tiles = -(-sizes // height)
     last_tile, last_row = jnp.cumsum(tiles), jnp.cumsum(sizes)
-    order = jnp.argsort(group, stable=True)
     sorted_group = group[order]
     mine = jnp.minimum(sorted_group, groups - 1)
     rank = jnp.arange(rows) - (last_row - sizes)[mine]
