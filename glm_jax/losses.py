@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from glm_jax.errors import UsageError
 from glm_jax.model import GLM, batch_shards, hand_out, in_mesh, with_all_gradients
@@ -57,7 +57,7 @@ def _loss(model, ids, mask, mtp_weight, remat):
     return with_all_gradients(mean + mtp_weight * mtp, nnx.state(model)), metrics
 
 
-def cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"], mask: Int[Array, "B T"]):
+def cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"], mask: Shaped[Array, "B T"]):
     """The mean of -log p(target) over the masked-in places, in float32, and how many they are. Called while tracing."""
     logits = logits.astype(jnp.float32)
     # A sum over a comparison, not a look-up: the vocabulary may be sharded, and this fuses.
