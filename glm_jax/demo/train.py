@@ -84,7 +84,7 @@ GENERATION = {
 
 SEED = 0
 EMBED_STD = 0.3
-STEPS = 2400
+STEPS = 1900
 SHORT, LONG, LONG_FROM = 256, 1024, 0.9  # tokens in a window; long ones cost twice as much, so they come at the end
 PEAK, WARMUP, DECAY = 3e-3, 100, 0.35  # the learning rate falls to zero over the last 35 % of the steps
 BALANCE = 2e-3  # how far a router bias moves in one step
@@ -231,16 +231,16 @@ def run(out: Path, steps: int) -> None:
     recent, saved, begin, begun = [], time.monotonic(), time.monotonic(), seen
     while trainer.done < steps and not stop:
         length = window(trainer.done, steps)
-        recent.append(trainer.train(batches.batch(tokens, trainer.done, length)))
+        metrics = trainer.train(batches.batch(tokens, trainer.done, length))
+        recent.append(jax.device_get(metrics))  # waits for the step, so that a signal is heeded after this one
         seen += batches.size(length)
         if trainer.done % LOG_EVERY == 0 or trainer.done == steps:
-            got = jax.device_get(recent)
-            loads = np.concatenate([sum(m["load"] for m in got), sum(m["mtp_load"] for m in got)])
+            loads = np.concatenate([sum(m["load"] for m in recent), sum(m["mtp_load"] for m in recent)])
             line: dict[str, Any] = {
                 "step": trainer.done,
                 "tokens": seen,
-                "loss": round(float(np.mean([m["loss"] for m in got])), 4),
-                "mtp_loss": round(float(np.mean([m["mtp_loss"] for m in got])), 4),
+                "loss": round(float(np.mean([m["loss"] for m in recent])), 4),
+                "mtp_loss": round(float(np.mean([m["mtp_loss"] for m in recent])), 4),
                 "load_max_over_mean": round(float((loads.max(-1) / loads.mean(-1)).max()), 3),
                 "learning_rate": round(float(learning_rate(trainer.done - 1, steps)), 6),
                 "tokens_per_s": round((seen - begun) / (time.monotonic() - begin)),
