@@ -19,7 +19,7 @@ INTERRUPTED = 130
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command line and returns its exit code: 0 done, 1 failed, 2 usage, and the error's own for a bad folder."""
+    """Runs a command line and returns its exit code: 0 done, 1 failed, 2 usage, or the error's own for a bad folder."""
     args = _parser().parse_args(argv)
     with contextlib.ExitStack() as stack:
         if args.quiet:  # XLA and absl write to the file descriptor, not to sys.stderr
@@ -74,14 +74,13 @@ def generate(args: argparse.Namespace) -> int:
             pieces.append(last)
             if not args.json:
                 print(last.text, end="", flush=True)
-    finally:
-        if not args.json:
-            print(flush=True)
-    if last is None:
-        return 0
-    if args.json:
-        print(json.dumps(_as_json(pieces), ensure_ascii=False))
-    _numbers(args, last)
+    except BaseException:
+        if pieces and not args.json:
+            print(flush=True)  # ends the line that was begun
+        raise
+    print(json.dumps(_as_json(pieces), ensure_ascii=False) if args.json else "", flush=True)
+    if last:
+        _numbers(args, last)
     return 0
 
 
@@ -135,11 +134,9 @@ def inspect(args: argparse.Namespace) -> int:
     import jax
 
     from glm_jax.config import PRESETS, preset
-    from glm_jax.convert import hf
     from glm_jax.convert.hub import fetch
-    from glm_jax.convert.safetensors import read_folder
     from glm_jax.inspect import describe
-    from glm_jax.loading import DEMO, read_config
+    from glm_jax.loading import DEMO, read_model
     from glm_jax.model import GLM
     from glm_jax.planner import default_mesh, first_layers
     from glm_jax.sharding import mesh, rules
@@ -147,15 +144,13 @@ def inspect(args: argparse.Namespace) -> int:
     name = args.path or args.model or str(DEMO)
     if name.lower() in PRESETS and not Path(name).exists():
         config = preset(name)
+        if args.dtype:
+            config = dataclasses.replace(config, dtype=jax.numpy.dtype(args.dtype))
+        if args.layers is not None:
+            config = first_layers(config, args.layers)
     else:
         folder = fetch(name, revision=args.revision, token=args.token, offline=args.offline)
-        config, tensors = read_config(folder), read_folder(folder)
-        config = hf.without_missing_mtp(config, tensors, folder)
-        hf.check(config, tensors, folder)
-    if args.dtype:
-        config = dataclasses.replace(config, dtype=jax.numpy.dtype(args.dtype))
-    if args.layers:
-        config = first_layers(config, args.layers)
+        config, _ = read_model(folder, args.dtype, args.layers)
     made = _abstract_mesh(args.mesh) if args.mesh else mesh(default_mesh(config, rules(args.rules), jax.devices()))
     found = describe(GLM(config, made, args.rules, seed=None))
     totals = {key: sum(getattr(w, key) for w in found) for key in ("parameters", "bytes", "device_bytes")}
@@ -190,9 +185,16 @@ def _abstract_mesh(text: str):
     return AbstractMesh(tuple(mesh_sizes(text).values()), AXES)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):  # one line, as every other error; argparse would print the usage too
+        self.exit(UsageError.exit_code, f"glm-jax: {message} ({self.prog} --help shows the flags)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="glm-jax", description="GLM-4.5, 4.6 and 4.7 in JAX.", epilog="glm-jax VERB --help shows the flags of a verb."
+    parser = _Parser(
+        prog="glm-jax",
+        description="GLM-4.5, 4.6 and 4.7 in JAX.",
+        epilog="glm-jax VERB --help shows the flags of a verb.",
     )
     parser.add_argument("--version", action="version", version=f"glm-jax {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
@@ -288,23 +290,25 @@ def _load(args: argparse.Namespace):
     with _progress(args, "loading") as progress:
         model, tokenizer = load(args.model or DEMO, **options, progress=progress)
     if tokenizer is None:
-        raise UsageError(f"{args.model}: this folder has no tokenizer.json, so there is no text; use generate_ids in Python")
+        raise UsageError(
+            f"{args.model}: this folder has no tokenizer.json, so there is no text; use generate_ids in Python"
+        )
     return model, tokenizer
 
 
 @contextlib.contextmanager
 def _progress(args: argparse.Namespace, what: str):
-    """A bar on a terminal, a line every ten seconds elsewhere; nothing for what is over within a second."""
-    begin, last = time.monotonic(), [0.0]
+    """A bar on a terminal, if it takes more than a second; elsewhere a line every ten seconds."""
+    begin = last = time.monotonic()
     if args.quiet:
         yield None
         return
     if not sys.stderr.isatty():
 
         def line(done: int, total: int):
-            now = time.monotonic()
-            if now - begin > 1 and now - last[0] > 10:
-                last[0] = now
+            nonlocal last
+            if time.monotonic() - last > 10:
+                last = time.monotonic()
                 _say(args, f"{what} {done / 2**30:.1f} of {total / 2**30:.1f} GiB")
 
         yield line
@@ -361,18 +365,18 @@ def _numbers(args: argparse.Namespace, r):
 
 
 def _as_json(responses) -> dict[str, Any]:
-    last = responses[-1]
+    last = responses[-1] if responses else None  # with --max-tokens 0
     joined = {key: "".join(getattr(r, key) for r in responses) for key in ("text", "reasoning", "content")}
-    numbers = {key: getattr(last, key) for key in ("finish_reason", "prompt_tokens", "generation_tokens")}
+    numbers = {key: getattr(last, key, None) for key in ("finish_reason", "prompt_tokens", "generation_tokens")}
     return {
         **joined,
         "tool_calls": [call for r in responses for call in r.tool_calls],
         "tokens": [r.token for r in responses],
         "logprobs": [r.logprob for r in responses],
         **numbers,
-        "prompt_tok_per_s": last.prompt_tps,
-        "generation_tok_per_s": last.generation_tps,
-        "peak_memory_bytes": last.peak_memory,
+        "prompt_tok_per_s": getattr(last, "prompt_tps", None),
+        "generation_tok_per_s": getattr(last, "generation_tps", None),
+        "peak_memory_bytes": getattr(last, "peak_memory", None),
     }
 
 

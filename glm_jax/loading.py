@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from glm_jax.config import Config
 from glm_jax.convert import hf
 from glm_jax.convert.hub import fetch
-from glm_jax.convert.safetensors import read_folder
+from glm_jax.convert.safetensors import Tensor, read_folder
 from glm_jax.errors import BadInput, DestinationError, UsageError
 from glm_jax.model import GLM
 from glm_jax.planner import default_mesh, first_layers, refuse_if_too_large
@@ -43,19 +43,7 @@ def load(
     layers only. `progress(done, total)` is told bytes. Everything is checked, the memory too, before a weight is read.
     Raises BadInput, MissingInput, NoSpace or UsageError, each with one line that says what to change."""
     folder = fetch(path, revision=revision, token=token, offline=offline)
-    config = read_config(folder)
-    if dtype is not None:
-        if dtype not in ("bfloat16", "float32"):
-            raise UsageError(f"--dtype {dtype}: weights are loaded in bfloat16 or float32")
-        config = dataclasses.replace(config, dtype=jnp.dtype(dtype))
-    if layers is None:
-        tensors = read_folder(folder)
-        config = hf.without_missing_mtp(config, tensors, folder)
-    else:
-        config = first_layers(config, layers)
-        wanted = set(hf.tensor_shapes(config))
-        tensors = {name: t for name, t in read_folder(folder, wanted.__contains__).items() if name in wanted}
-    hf.check(config, tensors, folder)
+    config, tensors = read_model(folder, dtype, layers)
     rules = make_rules(rules)
     mesh = make_mesh(default_mesh(config, rules, jax.devices()) if mesh is None else mesh)
     model = GLM(config, mesh, rules, seed=None)
@@ -78,20 +66,45 @@ def load(
     return hf.load_weights(model, tensors, report), tokenizer
 
 
+def read_model(folder: Path, dtype: str | None = None, layers: int | None = None) -> tuple[Config, dict[str, Tensor]]:
+    """The Config of a folder's model, or of its first layers, and the tensors of its weights, checked against each
+    other; reads headers only, and none of files that `layers` does not need."""
+    config = read_config(folder)
+    if dtype is not None:
+        if dtype not in ("bfloat16", "float32"):
+            raise UsageError(f"--dtype {dtype}: weights are loaded in bfloat16 or float32")
+        config = dataclasses.replace(config, dtype=jnp.dtype(dtype))
+    if layers is None:
+        tensors = read_folder(folder)
+        config = hf.without_missing_mtp(config, tensors, folder)
+    else:
+        config = first_layers(config, layers)
+        wanted = set(hf.tensor_shapes(config))
+        tensors = {name: t for name, t in read_folder(folder, wanted.__contains__).items() if name in wanted}
+    hf.check(config, tensors, folder)
+    return config, tensors
+
+
 def read_config(folder: Path) -> Config:
     """The folder's Config, with the stop ids of its generation_config.json if that has any to say."""
+    if folder.is_file():
+        raise BadInput(f"{folder}: this is a file; give the folder that holds the checkpoint")
     config = Config.read(folder)
     quantised = read_json(folder / "config.json").get("quantization_config")
     if quantised is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise BadInput(f"{folder}: the weights are quantised ({method}), which cannot be loaded yet; take the BF16 model")
+        raise BadInput(
+            f"{folder}: the weights are quantised ({method}), which cannot be loaded yet; take the BF16 model"
+        )
     generation = generation_defaults(folder)
     if "eos_token_id" not in generation:
         return config
     eos = generation["eos_token_id"]
     stop_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in stop_ids):
-        raise BadInput(f"{folder / 'generation_config.json'}: eos_token_id is {eos!r}, not an id, a list of ids, or null")
+        raise BadInput(
+            f"{folder / 'generation_config.json'}: eos_token_id is {eos!r}, not an id, a list of ids, or null"
+        )
     return dataclasses.replace(config, eos_token_id=stop_ids)
 
 
