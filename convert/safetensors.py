@@ -185,7 +185,9 @@ def read_folder(folder: Path | str, wanted: Callable[[str], bool] = lambda name:
     if missing:
         held = {name: [t for t, file in where.items() if file == name] for name in missing}
         each = "; ".join(f"{name} ({_some(names)})" for name, names in held.items())
-        raise MissingInput(f"{folder}: {len(missing)} of {len(files_wanted)} files named by {INDEX} are missing: {each}")
+        raise MissingInput(
+            f"{folder}: {len(missing)} of {len(files_wanted)} files named by {INDEX} are missing: {each}"
+        )
     if extra := [name for name in files if name not in named]:
         raise BadInput(f"{folder}: {INDEX} does not name {', '.join(extra)}: move what does not belong here away")
     tensors = {}

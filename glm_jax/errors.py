@@ -3,7 +3,7 @@ what is wrong, the numbers, and the flag or the change that mends it."""
 
 
 class GLMError(Exception):
-    """Something failed that the user can do something about. The command line prints it on one line, without a trace."""
+    """Something failed that the user can mend. The command line prints it on one line, without a trace."""
 
     exit_code = 1
 

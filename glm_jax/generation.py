@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -199,20 +200,23 @@ def _on_host(step, rows):
 def _step(model: GLM, cache: Cache, seen, ids, advance, sampling: Sampling, keys):
     """ids [B, T] of which row b has `advance[b]` -> the next ids [B, 1], their log-probabilities, cache, seen."""
     rules = model.rules
-    x, cache, _ = model.trunk(ids, cache, advance)
+    longer: Any
+    x, longer, _ = model.trunk(ids, cache, advance)
     if ids.shape[1] > 1:  # each row's last state, by a masked sum: a look-up across shards would need collectives
         last = jnp.arange(ids.shape[1]) == advance[:, None] - 1
         x = jnp.where(last[..., None], x, 0).sum(1, keepdims=True)
     logits = jax.reshard(model.logits(x)[:, 0], rules("batch", None))
 
+    specs = rules("batch", None), rules("batch"), rules("batch", None)
+
+    @functools.partial(jax.sharding.auto_axes, out_sharding=specs)  # sorting and drawing name no shardings
     def choose(logits, seen, keys, positions, sampling):
         token, logprob = sample(logits, sampling, seen, keys, positions)
         seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
         return token[:, None], logprob, seen
 
-    specs = rules("batch", None), rules("batch"), rules("batch", None)
-    ids, logprob, seen = jax.sharding.auto_axes(choose, out_sharding=specs)(logits, seen, keys, cache.length, sampling)
-    return ids, logprob, cache, seen
+    ids, logprob, seen = choose(logits, seen, keys, longer.length, sampling)
+    return ids, logprob, longer, seen
 
 
 class _StopStrings:
@@ -238,7 +242,7 @@ class _StopStrings:
         return text
 
 
-def _prompt_ids(tokenizer: Tokenizer, prompt, tools, enable_thinking: bool, raw: bool) -> tuple[list[int], bool]:
+def _prompt_ids(tokenizer: Tokenizer, prompt: Any, tools, enable_thinking: bool, raw: bool) -> tuple[list[int], bool]:
     """The ids of any form of prompt, and whether the answer begins inside a thought."""
     if isinstance(prompt, str):
         if not prompt:

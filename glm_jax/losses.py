@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Shaped
 
 from glm_jax.errors import UsageError
@@ -26,13 +27,15 @@ def loss(model: GLM, ids, mask=None, mtp_weight: float = 0.0, remat: bool = True
     if mtp_weight > 0 and model.mtp is None:
         raise UsageError(f"mtp_weight is {mtp_weight}, but this model has no MTP layer")
     if ids.shape[0] % batch_shards(model):
-        raise UsageError(f"a batch of {ids.shape[0]} rows cannot be cut into {batch_shards(model)} parts: take a multiple")
+        raise UsageError(
+            f"a batch of {ids.shape[0]} rows cannot be cut into {batch_shards(model)} parts: take a multiple"
+        )
     mask = jnp.ones(ids.shape, bool) if mask is None else jnp.asarray(mask)
     # Placed, so that outside jit the parts without a weight still know their devices.
     ids, mask = jax.device_put((ids, mask), jax.NamedSharding(model.mesh, model.rules("batch", "seq")))
     graph, state = nnx.split(model)
     mean, metrics = _loss(graph, state, ids, mask, float(mtp_weight), remat)
-    if isinstance(jnp.zeros(()), jax.core.Tracer):  # inside jit, beside weights: as the weights are
+    if isinstance(jnp.zeros(()), Tracer):  # inside jit, beside weights: as the weights are
         return mean, metrics
     return hand_out(model, mean), jax.lax.stop_gradient(metrics)
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from glm_jax import kernels
@@ -152,11 +153,11 @@ class Attention(nnx.Module):
             spec = rules(None, "batch", "heads", "seq", None)
 
             @jax.shard_map(out_specs=(rules("batch", "seq", "heads", None), spec, spec))
-            def attend(q, k, v, positions, ck, cv, layer):
+            def write_and_attend(q, k, v, positions, ck, cv, layer):
                 ck, cv = write(ck, k, layer, positions[:, 0]), write(cv, v, layer, positions[:, 0])
                 return attention(q, ck[layer], cv[layer], positions), ck, cv
 
-            y, ck, cv = attend(q, k, v, step.positions, cache.k, cache.v, layer)
+            y, ck, cv = write_and_attend(q, k, v, step.positions, cache.k, cache.v, layer)
             cache = Cache(ck, cv, cache.length)
         y, o = y.reshape(*y.shape[:2], -1), self.o[...].reshape(x.shape[-1], -1)
         return jnp.einsum("bti,di->btd", y, o, out_sharding=rules("batch", "seq", None)), cache
@@ -255,7 +256,8 @@ class GLM(nnx.Module):
     abstract, shapes and shardings only. `mesh` is a text as "expert=4,tensor=2", a Mesh, or None for one device."""
 
     def __init__(self, config: Config, mesh=None, rules: "str | Rules" = "ep", seed: int | None = 0):
-        self.config, self.rules, self.mesh = config, make_rules(rules), make_mesh(mesh or "")
+        self.config, self.rules = config, make_rules(rules)
+        self.mesh: Any = make_mesh(mesh or "")  # a Mesh; an AbstractMesh while planning
         check_mesh(config, self.mesh, self.rules)
         self.token_limit = config.vocab_size  # ids from here on are padding and never sampled: the loader knows
         D, weight = config.hidden_size, functools.partial(_weight, self)
@@ -272,8 +274,8 @@ class GLM(nnx.Module):
         """ids [B, T], a list or an array of integers -> logits [B, T, V] in the model's dtype, and the longer cache
         (None if none was given). Compiled once per shape bucket; needs no ambient mesh; may be called inside jit and
         grad. Raises UsageError for ids that are no table of tokens, or more tokens than the cache has room for."""
-        is_traced = lambda tree: any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(tree))
-        if not is_traced(ids):
+        is_traced = lambda tree: any(isinstance(a, Tracer) for a in jax.tree.leaves(tree))
+        if not isinstance(ids, Tracer):
             ids = checked_ids(ids, self.config.vocab_size)
         B, T = ids.shape
         rows, width = round_up(B, batch_shards(self)), bucket(T)
@@ -282,7 +284,7 @@ class GLM(nnx.Module):
                 raise UsageError(f"ids has {B} rows, the cache {cache.length.shape[0]}")
             if not is_traced(cache.length):
                 _check_room(int(np.max(cache.length)), T, cache.size)
-        ids = (jnp if is_traced(ids) else np).pad(ids, ((0, rows - B), (0, width - T)))
+        ids = (jnp if isinstance(ids, Tracer) else np).pad(ids, ((0, rows - B), (0, width - T)))
         # Placed, so that no part of the computation is left without an array that says which devices it runs on.
         ids = jax.device_put(ids, jax.NamedSharding(self.mesh, self.rules("batch", "seq")))
         graph, state = nnx.split(self)
@@ -365,8 +367,8 @@ def scan_layers(stack: Layer, x, step: Step, cache, first: int, collect, scan_ex
 
     def body(carry, item):
         weights, i = item
-        layer = nnx.merge(graph, experts, weights)
-        x, cache, routing = layer(*carry[:1], step, carry[1], first + i, i)
+        x, cache = carry
+        x, cache, routing = nnx.merge(graph, experts, weights)(x, step, cache, first + i, i)
         return (x, cache), {name: {"hidden": x, "routing": routing}[name] for name in collect}
 
     (x, cache), outputs = jax.lax.scan(
@@ -400,7 +402,7 @@ def _call(model, ids, cache, advance, scan_experts):
 @jax.custom_vjp
 def with_all_gradients(result, weights):
     """Hands the result on. Outside jit, jax.grad makes the gradient of a weight without influence (the MTP layer, the
-    correction bias) itself, and cannot where the weight has an explicit sharding but no mesh is set: it is made here."""
+    correction bias) itself, and cannot where a weight has an explicit sharding and no mesh is set: here it is made."""
     return result
 
 

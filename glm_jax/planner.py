@@ -48,7 +48,7 @@ def needs(config: Config, mesh, rules: Rules, batch: int = 1, context: int = 409
     return Needs(weights, cache, working)
 
 
-def device_bytes(device: jax.Device) -> int:
+def device_bytes(device) -> int:
     """Memory of a device; of a CPU device its share of what the machine has available."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
@@ -60,7 +60,7 @@ def device_bytes(device: jax.Device) -> int:
     return int(fields["MemAvailable"].split()[0]) * 1024 // jax.local_device_count()
 
 
-def default_mesh(config: Config, rules: Rules, devices: list[jax.Device]) -> str:
+def default_mesh(config: Config, rules: Rules, devices: list) -> str:
     """The mesh for these devices: experts spread as far as they go, more over `tensor` if that is what makes it fit."""
     for count in range(len(devices), 0, -1):  # if no mesh of all devices divides the model, as many as do
         best: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""The only place a mesh is made. Axes are always `data`, `expert`, `tensor`, in this order, Explicit, and may have size 1."""
+"""The only place a mesh is made. Its axes are always `data`, `expert`, `tensor`, Explicit, and may have size 1."""
 
 import math
 
@@ -34,7 +34,9 @@ def mesh_sizes(spec: str) -> dict[str, int]:
     for part in filter(None, spec.replace(" ", "").split(",")):
         name, _, size = part.partition("=")
         if name not in AXES:
-            raise UsageError(f"--mesh {spec}: no axis {name!r}, the axes are {', '.join(AXES)} (as in expert=4,tensor=2)")
+            raise UsageError(
+                f"--mesh {spec}: no axis {name!r}, the axes are {', '.join(AXES)} (as in expert=4,tensor=2)"
+            )
         if not size.isdecimal() or int(size) < 1:
             raise UsageError(f"--mesh {spec}: {name}={size!r} is not a size, write for instance {name}=2")
         sizes[name] = int(size)

@@ -21,7 +21,7 @@ def grouped_matmul(
     group_sizes: Int[Array, "E"],
     layer: "int | Int[Array, '']" = 0,
 ) -> Float[Array, "M N"]:
-    """`lhs[m] @ rhs[layer, e].T` for the rows of each group e: the first `group_sizes[0]` rows are group 0's, and so on.
+    """`lhs[m] @ rhs[layer, e].T` for the rows of each group e: the first `group_sizes[0]` rows are group 0's, then on.
 
     Rows past the last group come out as zeros. Sums are in float32, the result has lhs's dtype."""
     ends = jnp.cumsum(group_sizes)
