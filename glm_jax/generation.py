@@ -215,7 +215,7 @@ def _step(model: GLM, cache: Cache, seen, ids, advance, sampling: Sampling, keys
         seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
         return token[:, None], logprob, seen
 
-    ids, logprob, seen = choose(logits, seen, keys, longer.length, sampling)
+    ids, logprob, seen = choose(logits, seen, keys, longer.length, sampling)  # pyright: ignore[reportCallIssue]
     return ids, logprob, longer, seen
 
 
