@@ -24,7 +24,9 @@ class Cache:
     def empty(cls, config: Config, rules: Rules, mesh: jax.sharding.Mesh, batch: int, size: int) -> "Cache":
         """A cache of `size` slots for `batch` rows, which must divide by the mesh axes of `rules.batch`."""
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, size, config.head_dim)
-        return _zeros(shape, config.dtype, mesh, rules)
+        place = lambda *axes: jax.NamedSharding(mesh, rules(*axes))
+        zeros = lambda: jnp.zeros(shape, config.dtype, device=place(None, "batch", "heads", "seq", None))
+        return cls(zeros(), zeros(), jnp.zeros(batch, jnp.int32, device=place("batch")))
 
     @property
     def size(self) -> int:
@@ -36,16 +38,6 @@ def cache_bytes(config: Config, batch: int, size: int) -> int:
     """Bytes of a cache over all devices, for the layers a forward pass caches."""
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * config.dtype.itemsize
     return batch * size * per_token
-
-
-def _zeros(shape, dtype, mesh, rules):
-    spec = rules(None, "batch", "heads", "seq", None)
-    kv, length = jax.NamedSharding(mesh, spec), jax.NamedSharding(mesh, rules("batch"))
-    make = jax.jit(
-        lambda: (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(shape[1], jnp.int32)),
-        out_shardings=(kv, kv, length),
-    )
-    return Cache(*make())
 
 
 def write(stack: jax.Array, new: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:

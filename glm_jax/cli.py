@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_jax import __version__
-from glm_jax.errors import GLMError, UsageError
+from glm_jax.errors import GLMError, NoSpace, UsageError
 
 INTERRUPTED = 130
 
@@ -44,8 +44,10 @@ def main(argv: list[str] | None = None) -> int:
             if args.debug:
                 raise
             first = (str(error).splitlines() or [""])[0]
-            failure = f"glm-jax: {type(error).__name__}: {first} (--debug shows where; please report it)\n"
-            code = 1
+            code = NoSpace.exit_code if "RESOURCE_EXHAUSTED" in first else 1
+            advice = "a shorter prompt, fewer --max-tokens, or a --mesh of more devices needs less"
+            failure = f"glm-jax: the device's memory is full ({first[:200]}); {advice}\n" if code != 1 else ""
+            failure = failure or f"glm-jax: {type(error).__name__}: {first} (--debug shows where; please report it)\n"
     sys.stderr.write(failure)  # also with --quiet: an error is not chatter
     return code
 
@@ -214,7 +216,8 @@ def _verb(verbs, verb: str, run: Callable[[argparse.Namespace], int], groups) ->
     p.set_defaults(run=run)
     for group in groups:
         group(p)
-    p.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    if verb != "chat":
+        p.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     p.add_argument("--quiet", action="store_true", help="stdout is the answer and one newline, stderr is empty")
     p.add_argument("--debug", action="store_true", help="show the stack trace of an error")
     return p
@@ -257,7 +260,7 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
         from glm_jax.loading import DEMO, generation_defaults
 
         folder = fetch(args.model or DEMO, revision=args.revision, token=args.token, offline=args.offline)
-        options["temperature"] = float(generation_defaults(folder).get("temperature", 1.0))
+        options["temperature"] = float(generation_defaults(folder).get("temperature") or 1.0)
     else:
         try:
             options["temperature"] = float(args.temperature)

@@ -15,7 +15,7 @@ from flax import nnx
 
 from glm_jax.cache import Cache
 from glm_jax.errors import UsageError
-from glm_jax.model import GLM, batch_shards, bucket, checked_ids, in_mesh, round_up
+from glm_jax.model import PREFILL_CHUNK, GLM, batch_shards, bucket, checked_ids, in_mesh, round_up
 from glm_jax.parsing import ResponseStream
 from glm_jax.sample import Sampling, sample
 from glm_jax.tokenizer import Tokenizer
@@ -161,10 +161,10 @@ def generate_steps(
     The device works on the next step while the caller looks at this one."""
     sampling = Sampling.of(temperature, top_k, top_p, min_p, repetition_penalty, model.token_limit)
     table, lengths = _table(model, prompts)
-    longest = int(lengths.max())
+    longest, chunks = int(lengths.max()), -(-table.shape[1] // PREFILL_CHUNK)
     steps = max(_limit(model, len(p), max_tokens) for p in prompts)
     rows = table.shape[0]
-    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
+    seeds = [int(s) for s in seed] if np.ndim(seed) else [int(seed)] * len(prompts)  # type: ignore[union-attr, arg-type]
     if len(seeds) != len(prompts):
         raise UsageError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed, or one a prompt")
     keys = jnp.stack([jax.random.key(s % 2**32) for s in seeds + [0] * (rows - len(seeds))])
@@ -172,21 +172,32 @@ def generate_steps(
     for row, prompt in zip(seen, prompts, strict=False):
         row[np.asarray(prompt)] = True
     graph, state = nnx.split(model)
-    cache = model.cache(rows, bucket(longest + steps, 64))
+    cache = model.cache(rows, min(bucket(longest + steps, 64), model.config.max_position_embeddings))
     # The arguments of every step have one sharding from the first on, or the second would be compiled again.
     place = lambda a, *axes: jax.device_put(a, jax.NamedSharding(model.mesh, model.rules(*axes)))
-    keys, seen, ones = place(keys, "batch"), place(seen, "batch", None), place(np.ones(rows, np.int32), "batch")
+    keys, seen = place(keys, "batch"), place(seen, "batch", None)
     sampling = jax.device_put(sampling, jax.NamedSharding(model.mesh, jax.P()))
-    ids, advance = place(table, "batch", None), place(lengths, "batch")
-    ahead = None
+    real = np.arange(rows) < len(prompts)  # the rest only fills the mesh: no token of it is worked on
+    token, logprob = place(np.zeros((rows, 1), np.int32), "batch", None), place(np.zeros(rows, np.float32), "batch")
+    for chunk in range(chunks):
+        start = chunk * PREFILL_CHUNK
+        ids = table[:, start : start + PREFILL_CHUNK]
+        advance = np.where(real, np.clip(lengths - start, 0, ids.shape[1]), 0).astype(np.int32)
+        ends = real & (lengths > start) & (lengths <= start + ids.shape[1])  # prompts whose last token is in this chunk
+        ids, advance, ends = place(ids, "batch", None), place(advance, "batch"), place(ends, "batch")
+        token, logprob, cache, seen = _step(
+            graph, state, cache, seen, ids, advance, ends, token, logprob, sampling, keys
+        )
+    one, real = place(real.astype(np.int32), "batch"), place(real, "batch")
+    ahead = token, logprob
     for n in range(steps):
-        ids, logprob, cache, seen = _step(graph, state, cache, seen, ids, advance, sampling, keys)
-        advance = ones
         if n:
-            assert ahead is not None
+            token, logprob, cache, seen = _step(
+                graph, state, cache, seen, token, one, real, token, logprob, sampling, keys
+            )
             yield _on_host(ahead, len(prompts))
-        ahead = ids, logprob
-    if ahead is not None:
+            ahead = token, logprob
+    if steps:
         yield _on_host(ahead, len(prompts))
 
 
@@ -197,8 +208,9 @@ def _on_host(step, rows):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
 @in_mesh
-def _step(model: GLM, cache: Cache, seen, ids, advance, sampling: Sampling, keys):
-    """ids [B, T] of which row b has `advance[b]` -> the next ids [B, 1], their log-probabilities, cache, seen."""
+def _step(model: GLM, cache: Cache, seen, ids, advance, ends, token, logprob, sampling: Sampling, keys):
+    """ids [B, T], of which row b has `advance[b]` -> the next ids [B, 1] and their log-probabilities [B] in the rows
+    whose prompt `ends` [B] with them, elsewhere `token` and `logprob` as they were; the cache; the ids `seen` [B, V]."""
     rules = model.rules
     longer: Any
     x, longer, _ = model.trunk(ids, cache, advance)
@@ -210,13 +222,14 @@ def _step(model: GLM, cache: Cache, seen, ids, advance, sampling: Sampling, keys
     specs = rules("batch", None), rules("batch"), rules("batch", None)
 
     @functools.partial(jax.sharding.auto_axes, out_sharding=specs)  # sorting and drawing name no shardings
-    def choose(logits, seen, keys, positions, sampling):
-        token, logprob = sample(logits, sampling, seen, keys, positions)
-        seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
-        return token[:, None], logprob, seen
+    def choose(logits, seen, keys, positions, ends, token, logprob, sampling):
+        new, new_logprob = sample(logits, sampling, seen, keys, positions)
+        seen = seen.at[jnp.arange(new.shape[0]), new].max(ends)
+        return jnp.where(ends[:, None], new[:, None], token), jnp.where(ends, new_logprob, logprob), seen
 
-    ids, logprob, seen = choose(logits, seen, keys, longer.length, sampling)  # pyright: ignore[reportCallIssue]
-    return ids, logprob, longer, seen
+    chosen = choose(logits, seen, keys, longer.length, ends, token, logprob, sampling)  # pyright: ignore[reportCallIssue]
+    token, logprob, seen = chosen
+    return token, logprob, longer, seen
 
 
 class _StopStrings:
@@ -244,16 +257,24 @@ class _StopStrings:
 
 def _prompt_ids(tokenizer: Tokenizer, prompt: Any, tools, enable_thinking: bool, raw: bool) -> tuple[list[int], bool]:
     """The ids of any form of prompt, and whether the answer begins inside a thought."""
+    if prompt is None or isinstance(prompt, dict):
+        raise UsageError("a prompt is text, a list of messages (dicts with role and content), or a list of ids")
     if isinstance(prompt, str):
         if not prompt:
             raise UsageError("--prompt is empty: there is nothing to go on from")
         if raw or not tokenizer.has_chat_template or (tokenizer.continues_text and not tools):
-            return tokenizer.encode(prompt), False
+            return _opened(tokenizer, tokenizer.encode(prompt))
         prompt = [{"role": "user", "content": prompt}]
     if len(prompt) and isinstance(prompt[0], dict):
-        text = tokenizer.render(prompt, tools=tools, enable_thinking=enable_thinking)
-        return tokenizer.encode(text), text.endswith("<think>")
-    return [int(i) for i in prompt], False
+        prompt = tokenizer.chat(prompt, tools=tools, enable_thinking=enable_thinking)
+    if not all(isinstance(i, int | np.integer) for i in prompt):
+        raise UsageError("a prompt is text, a list of messages (dicts with role and content), or a list of ids")
+    return _opened(tokenizer, [int(i) for i in prompt])
+
+
+def _opened(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], bool]:
+    """The ids, and whether they end with an open thought, as a GLM-4.7 prompt does."""
+    return ids, bool(ids) and tokenizer.decode(ids[-1:]) == "<think>"
 
 
 def _table(model: GLM, prompts) -> tuple[np.ndarray, np.ndarray]:
@@ -268,7 +289,8 @@ def _table(model: GLM, prompts) -> tuple[np.ndarray, np.ndarray]:
     if longest > limit:
         raise UsageError(f"the prompt has {longest} tokens, this model's context is {limit}: shorten it")
     rows = round_up(len(prompts), batch_shards(model))
-    table = np.zeros((rows, bucket(longest)), np.int32)
+    chunks = (longest - 1) // PREFILL_CHUNK  # whole ones, and a bucket for the rest
+    table = np.zeros((rows, chunks * PREFILL_CHUNK + bucket(longest - chunks * PREFILL_CHUNK)), np.int32)
     for row, prompt in zip(table, prompts, strict=False):
         row[: len(prompt)] = prompt
     lengths = [len(p) for p in prompts] + [1] * (rows - len(prompts))

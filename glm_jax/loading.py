@@ -136,7 +136,8 @@ def save(model: GLM, folder: "str | Path", tokenizer: "Tokenizer | None" = None)
     folder.mkdir(parents=True, exist_ok=True)
     hf.save_weights(model, folder)
     config = model.config.to_dict()
-    generation = {"eos_token_id": config["eos_token_id"], "pad_token_id": config["pad_token_id"]}
+    generation = generation_defaults(tokenizer.folder) if tokenizer else {}  # temperature and the like
+    generation |= {"eos_token_id": config["eos_token_id"], "pad_token_id": config["pad_token_id"]}
     if tokenizer:
         tokenizer.save(folder)
     _write_json(folder / "generation_config.json", generation)

@@ -35,7 +35,7 @@ def loss(model: GLM, ids, mask=None, mtp_weight: float = 0.0, remat: bool = True
     ids, mask = jax.device_put((ids, mask), jax.NamedSharding(model.mesh, model.rules("batch", "seq")))
     graph, state = nnx.split(model)
     mean, metrics = _loss(graph, state, ids, mask, float(mtp_weight), remat)
-    if isinstance(jnp.zeros(()), Tracer):  # inside jit, beside weights: as the weights are
+    if isinstance(jnp.zeros(()), Tracer):  # staged, so inside jit and beside weights: as the weights are
         return mean, metrics
     return hand_out(model, mean), jax.lax.stop_gradient(metrics)
 
@@ -53,7 +53,7 @@ def _loss(model, ids, mask, mtp_weight, remat):
         metrics["load"] = expert_load(found["routing"][0], c.n_routed_experts)
     if mtp_weight == 0:
         return with_all_gradients(mean, nnx.state(model)), metrics
-    hidden, routing = model.mtp_hidden(ids, hidden, scan_experts=True)
+    hidden, routing = model.mtp_hidden(ids, hidden, scan_experts=True, remat=remat)
     # Its state i has seen token i+1 and predicts token i+2.
     mtp, _ = cross_entropy(model.logits(hidden)[:, :-1], ids[:, 2:], mask[:, 2:])
     metrics |= {"mtp_loss": mtp, "mtp_load": expert_load(routing[0], c.n_routed_experts)}

@@ -7,6 +7,7 @@ Weights keep the checkpoint's [out, in] orientation, stacked over layers (and ex
 Shardings are explicit: a sum over a sharded dimension names its result's sharding, and a missing one is an error while
 tracing. Two islands are `shard_map`s, attention and routed experts; kernels are called only there."""
 
+import dataclasses
 import functools
 import zlib
 from typing import Any
@@ -27,7 +28,9 @@ from glm_jax.sharding import mesh as make_mesh
 from glm_jax.sharding import rules as make_rules
 
 FLOAT32 = jnp.dtype("float32")
-QUERY_BLOCK = 256  # queries that attend at once: 96 heads of them over 8,192 slots are 0.8 GB of scores
+QUERY_BLOCK = 256  # queries that attend at once, at most
+PREFILL_CHUNK = 2048  # tokens of each prompt that go through the model at once
+SCORES = 2**28  # and the scores they may have, in numbers: 1 GiB in float32
 
 
 def project(x: Float[Array, "B T D"], w: Float[Array, "*out D"]) -> Float[Array, "B T *out"]:
@@ -70,7 +73,7 @@ def attention(
 
     A block of queries at a time, so that no [T, S] matrix of all queries is ever held, forward or backward."""
     (B, T, N, H), K = q.shape, k.shape[1]
-    blocks = -(-T // QUERY_BLOCK)
+    blocks = -(-T // max(1, min(QUERY_BLOCK, SCORES // (B * N * k.shape[2]))))
     t = -(-T // blocks)
     q, positions = (jnp.pad(a, [(0, 0), (0, blocks * t - T)] + [(0, 0)] * (a.ndim - 2)) for a in (q, positions))
     # [blocks, B, K, query heads of one KV head * t, H]: each KV head is one matmul
@@ -195,19 +198,20 @@ class MoE(nnx.Module):
         # Per device: its own tokens choose, the tokens of its expert group come together, its own experts work on them,
         # and each device gets the sum for its own tokens back.
         @jax.shard_map(out_specs=(tokens_spec,) * 3)
-        def routed(x, router, bias, gate_up, down, layer):
+        def routed(x, real, router, bias, gate_up, down, layer):
             tokens = x.reshape(-1, x.shape[-1])
             ids, share = chosen = route(tokens, router, bias, c)
+            ids = jnp.where(real.reshape(-1, 1), ids, c.n_routed_experts)  # padding is no expert's work
             for axis in reversed(own):
                 tokens, ids, share = (jax.lax.all_gather(a, axis, tiled=True) for a in (tokens, ids, share))
             first = jax.lax.axis_index(rules.experts) * down.shape[1] if rules.experts else 0
             y = kernels.routed_experts(tokens, ids - first, share, gate_up, down, layer, c.n_routed_experts)
-            y = jax.lax.psum(y, summed)
-            for axis in own:
+            for axis in own:  # before the sum below, which then moves this device's own tokens only
                 y = jax.lax.psum_scatter(y, axis, tiled=True)
+            y = jax.lax.psum(y, summed)
             return y.reshape(x.shape).astype(x.dtype), *(a.reshape(*x.shape[:2], -1) for a in chosen)
 
-        y, ids, share = routed(x, self.router[...], self.bias[...], gate_up, down, layer)
+        y, ids, share = routed(x, step.real, self.router[...], self.bias[...], gate_up, down, layer)
         return y + self.shared(x, step), (ids, share)
 
 
@@ -244,8 +248,8 @@ class MTP(nnx.Module):
 class Step:
     """What every layer of one forward pass shares. Lives only while tracing."""
 
-    def __init__(self, config: Config, rules: Rules, positions):
-        self.config, self.rules, self.positions = config, rules, positions
+    def __init__(self, config: Config, rules: Rules, positions, real):  # [B, T] both; real: not padding
+        self.config, self.rules, self.positions, self.real = config, rules, positions, real
         self.angles = rope_angles(positions, config)
 
 
@@ -272,7 +276,7 @@ class GLM(nnx.Module):
 
     def __call__(self, ids, cache: Cache | None = None):
         """ids [B, T], a list or an array of integers -> logits [B, T, V] in the model's dtype, and the longer cache
-        (None if none was given). Compiled once per shape bucket; needs no ambient mesh; may be called inside jit and
+        (None if none was given; the one that was given is spent). Compiled once per shape bucket; needs no ambient mesh; may be called inside jit and
         grad. Raises UsageError for ids that are no table of tokens, or more tokens than the cache has room for."""
         is_traced = lambda tree: any(isinstance(a, Tracer) for a in jax.tree.leaves(tree))
         if not isinstance(ids, Tracer):
@@ -288,7 +292,7 @@ class GLM(nnx.Module):
         # Placed, so that no part of the computation is left without an array that says which devices it runs on.
         ids = jax.device_put(ids, jax.NamedSharding(self.mesh, self.rules("batch", "seq")))
         graph, state = nnx.split(self)
-        advance = np.full(rows, T, np.int32)
+        advance = np.where(np.arange(rows) < B, T, 0).astype(np.int32)
         logits, cache = _call(graph, state, ids, cache, advance, is_traced(self))
         logits = hand_out(self, logits, "batch", "seq", "vocab")
         if rows != B and not jax.sharding.get_abstract_mesh().empty:
@@ -302,25 +306,31 @@ class GLM(nnx.Module):
             raise UsageError(f"a cache of {batch} rows cannot be cut into {parts} parts: take {round_up(batch, parts)}")
         return Cache.empty(self.config, self.rules, self.mesh, batch, size)
 
-    def mtp_logits(self, ids, hidden):
-        """ids [B, T] and the states [B, T, D] after the final norm -> logits [B, T-1, V]: at i the token i+2, from the
-        state of token i and the embedding of token i+1."""
+    def mtp_logits(self, ids):
+        """ids [B, T] -> the MTP layer's logits [B, T-1, V]: at i those of token i+2, from the model's state of token i
+        and the embedding of token i+1. Errors and compilation as when the model is called."""
         if self.mtp is None:
             raise UsageError("this model has no MTP layer (num_nextn_predict_layers is 0, or the folder holds none)")
+        ids = checked_ids(ids, self.config.vocab_size)
+        (B, T), rows = ids.shape, round_up(len(ids), batch_shards(self))
+        if T < 2:
+            raise UsageError("the MTP layer reads a token and the next: ids must have at least 2 tokens a row")
+        ids = np.pad(ids, ((0, rows - B), (0, bucket(T) - T)))
         graph, state = nnx.split(self)
-        return _mtp_logits(graph, state, jnp.asarray(ids), hidden)
+        return hand_out(self, _mtp_logits(graph, state, ids), "batch", "seq", "vocab")[:B, : T - 1]
 
     # The functions below are called while tracing, under the model's mesh: see `in_mesh`.
 
     def trunk(self, ids, cache=None, advance=None, collect=(), scan_experts=False, remat=False):
-        """ids [B, T] -> states [B, T, D] after the final norm, the cache with `advance` [B] more tokens, and what
-        `collect` names: "hidden" [L, B, T, D] (each layer's output), "routing" (ids, share) [L, B, T, k]."""
+        """ids [B, T], of which row b has `advance[b]` and the rest is padding (None: all are tokens) -> states
+        [B, T, D] after the final norm, the cache with that many tokens more, and what `collect` names: "hidden" [L, B, T, D] (each layer's output), "routing" (ids, share) [L, B, T, k]."""
         rules, c = self.rules, self.config
         ids = jax.reshard(ids, rules("batch", "seq"))
         start = jnp.zeros(ids.shape[0], jnp.int32) if cache is None else cache.length
         start = jax.reshard(start, rules("batch"))
         positions = start[:, None] + jnp.arange(ids.shape[1], dtype=jnp.int32)
-        step = Step(c, rules, jax.reshard(positions, rules("batch", "seq")))
+        real = jnp.ones(ids.shape, bool) if advance is None else jnp.arange(ids.shape[1]) < advance[:, None]
+        step = Step(c, rules, *(jax.reshard(a, rules("batch", "seq")) for a in (positions, real)))
         x = self.embed[...].at[ids].get(out_sharding=rules("batch", "seq", None))
         found: dict[str, list[Any]] = {name: [] for name in collect}
         for stack, first in ((self.dense, 0), (self.moe, c.dense_layers)):
@@ -341,8 +351,9 @@ class GLM(nnx.Module):
         head = self.embed if self.head is None else self.head
         return jnp.einsum("btd,vd->btv", hidden, head[...])
 
-    def mtp_hidden(self, ids, hidden, scan_experts=False):
-        """`mtp_logits` before the head: states [B, T-1, D] after the MTP layer's own norm, and its routing."""
+    def mtp_hidden(self, ids, hidden, scan_experts=False, remat=False):
+        """`mtp_logits` before the head, from the states [B, T, D] after the final norm: states [B, T-1, D] after the MTP
+        layer's own norm, and its routing."""
         assert self.mtp is not None
         m, c, rules = self.mtp, self.config, self.rules
         ids, spec = jax.reshard(ids, rules("batch", "seq")), rules("batch", "seq", None)
@@ -351,8 +362,9 @@ class GLM(nnx.Module):
         h = rms_norm(jax.reshard(hidden, spec)[:, :-1], m.hnorm[...], c.rms_norm_eps)
         x = jnp.einsum("btc,dc->btd", jnp.concatenate([e, h], -1), m.eh_proj[...])  # the embedding first
         positions = jnp.broadcast_to(1 + jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-        step = Step(c, rules, jax.reshard(positions, rules("batch", "seq")))
-        x, _, outputs = scan_layers(m.layer, x, step, None, 0, ("routing",), scan_experts, False)
+        real = jnp.ones(positions.shape, bool)
+        step = Step(c, rules, *(jax.reshard(a, rules("batch", "seq")) for a in (positions, real)))
+        x, _, outputs = scan_layers(m.layer, x, step, None, 0, ("routing",), scan_experts, remat)
         return rms_norm(x, m.norm[...], c.rms_norm_eps), outputs["routing"]
 
 
@@ -372,7 +384,9 @@ def scan_layers(stack: Layer, x, step: Step, cache, first: int, collect, scan_ex
         return (x, cache), {name: {"hidden": x, "routing": routing}[name] for name in collect}
 
     (x, cache), outputs = jax.lax.scan(
-        jax.checkpoint(body) if remat else body, (x, cache), (rest, jnp.arange(stack.attn_norm[...].shape[0]))
+        jax.checkpoint(body, prevent_cse=False) if remat else body,
+        (x, cache),
+        (rest, jnp.arange(stack.attn_norm[...].shape[0])),
     )
     return x, cache, outputs
 
@@ -391,7 +405,7 @@ def in_mesh(function):
     return run
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
+@functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=3)
 @in_mesh
 def _call(model, ids, cache, advance, scan_experts):
     x, cache, _ = model.trunk(ids, cache, advance, scan_experts=scan_experts)
@@ -411,7 +425,8 @@ with_all_gradients.defvjp(lambda result, w: (result, w), lambda w, g: (g, jax.tr
 
 @functools.partial(jax.jit, static_argnums=0)
 @in_mesh
-def _mtp_logits(model, ids, hidden):
+def _mtp_logits(model, ids):
+    hidden, _, _ = model.trunk(ids)
     return model.logits(model.mtp_hidden(ids, hidden)[0])
 
 
@@ -444,6 +459,11 @@ def batch_shards(model: GLM) -> int:
 def check_mesh(config: Config, mesh, rules: Rules) -> None:
     """Raises UsageError naming every dimension that its mesh axes do not divide, with its size and theirs."""
     c, problems = config, []
+    if rules.seq is not None:
+        raise UsageError(f"the rule seq={rules.seq!r}: sequences cannot be sharded yet, leave it None")
+    for field in dataclasses.fields(rules):
+        if unknown := [a for a in mesh_axes([getattr(rules, field.name)]) if a not in mesh.shape]:
+            raise UsageError(f"the rule {field.name} names {unknown[0]!r}, the mesh has {', '.join(mesh.shape)}")
     for axis, dims in {
         "heads": ("num_attention_heads", "num_key_value_heads"),
         "experts": ("n_routed_experts",),
@@ -451,9 +471,6 @@ def check_mesh(config: Config, mesh, rules: Rules) -> None:
         "vocab": ("vocab_size",),
     }.items():
         axes = mesh_axes([getattr(rules, axis)])
-        unknown = [a for a in axes if a not in mesh.shape]
-        if unknown:
-            raise UsageError(f"the rule {axis}={getattr(rules, axis)!r} names no axis of the mesh {tuple(mesh.shape)}")
         size = int(np.prod([mesh.shape[a] for a in axes], dtype=int))
         for name in dims:
             if getattr(c, name) % size:

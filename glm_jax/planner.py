@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType
 from glm_jax.cache import cache_bytes
 from glm_jax.config import Config
 from glm_jax.errors import NoSpace, UsageError
-from glm_jax.model import GLM, batch_shards, check_mesh, round_up
+from glm_jax.model import PREFILL_CHUNK, SCORES, GLM, batch_shards, check_mesh, round_up
 from glm_jax.sharding import AXES, Rules, describe, mesh_axes
 
 GIB = 2**30
@@ -35,16 +35,20 @@ class Needs:
 
 def needs(config: Config, mesh, rules: Rules, batch: int = 1, context: int = 4096) -> Needs:
     """What each device holds while generating: its weights, its share of a cache of `context` tokens for `batch` rows,
-    and working memory (the largest activations of a prefill of 2,048 tokens, and float32 logits)."""
+    and working memory (the routed experts' rows and the attention scores of a chunk of prefill, and the logits)."""
     model = GLM(config, mesh, rules, seed=None)
     leaves = jax.tree.leaves(model)
     weights = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
     rows = round_up(batch, batch_shards(model)) // batch_shards(model)
     size = lambda axis: math.prod(mesh.shape[a] for a in mesh_axes([getattr(rules, axis)]))
     cache = cache_bytes(config, rows, context) // size("heads")
-    tokens = rows * min(context, 2048)
-    width = max(config.num_attention_heads * config.head_dim, config.num_experts_per_tok * config.hidden_size)
-    working = tokens * width * (4 + config.dtype.itemsize) + rows * config.vocab_size * 8
+    # A chunk of prefill. The tokens of an expert group come together, and any device may have to work on all of them.
+    tokens = rows * min(context, PREFILL_CHUNK)
+    own = [a for a in mesh_axes([rules.experts]) if a in mesh_axes([rules.batch])]
+    slots = tokens * math.prod(mesh.shape[a] for a in own) * config.num_experts_per_tok
+    narrow, wide = config.hidden_size, config.moe_intermediate_size // size("ffn")
+    working = slots * (narrow * (2 * config.dtype.itemsize + 4) + 3 * wide * config.dtype.itemsize)
+    working += 2 * 4 * min(SCORES, tokens * config.num_attention_heads * context) + rows * config.vocab_size * 8
     return Needs(weights, cache, working)
 
 

@@ -12,14 +12,18 @@ AXES = ("data", "expert", "tensor")
 
 
 def mesh(spec: "str | Mesh | AbstractMesh", devices=None) -> "Mesh | AbstractMesh":
-    """`mesh("expert=4,tensor=2")`: axes that are not named have size 1. A ready mesh passes through.
+    """`mesh("expert=4,tensor=2")`: axes that are not named have size 1. A ready mesh is taken
+    with its axes made Explicit.
 
     `devices` defaults to the first of `jax.devices()`. Raises UsageError if the text does not parse, names an unknown
     axis, or wants more devices than there are."""
     if not isinstance(spec, str):
         if spec.axis_names != AXES:
             raise UsageError(f"a mesh needs the axes {AXES} in this order, this one has {spec.axis_names}")
-        return spec
+        explicit = (AxisType.Explicit,) * len(AXES)
+        if isinstance(spec, AbstractMesh):
+            return AbstractMesh(spec.axis_sizes, AXES, axis_types=explicit)
+        return Mesh(spec.devices, AXES, axis_types=explicit)
     sizes = mesh_sizes(spec)
     wanted, devices = math.prod(sizes.values()), jax.devices() if devices is None else devices
     if wanted > len(devices):

@@ -212,7 +212,7 @@ def test_loss_refuses():
     with pytest.raises(UsageError, match="mtp_weight is 0.3, but this model has no MTP layer"):
         loss(model, IDS, mtp_weight=0.3)
     with pytest.raises(UsageError, match="this model has no MTP layer"):
-        model.mtp_logits(IDS, jnp.zeros((3, 11, 64)))
+        model.mtp_logits(IDS)
 
 
 # What depends on what.

@@ -153,7 +153,7 @@ def test_mtp_layer_wherever_it_is(mtp, copies, tmp_path):
     ours, ids = load(folder, mesh="data=1")[0], hf.ids({})
     with torch.no_grad():
         want = hf.mtp_logits(theirs, ids).numpy()
-    assert far(ours.mtp_logits(ids, look(ours, ids).final), want) < CLOSE
+    assert far(ours.mtp_logits(ids), want) < CLOSE
 
 
 def test_folder_as_transformers_writes_it(tmp_path):

@@ -161,7 +161,8 @@ def _tile_matmul_backward(saved, dy):
         add = lambda dw: dw.at[i].add(_dot(dy, x, 0, 0))  # a group's tiles all add to its one matrix
         return jax.lax.cond(i < w.shape[0], add, lambda dw: dw, dw), None
 
-    dw, _ = jax.lax.scan(tile, jnp.zeros_like(w, dtype=jnp.float32) + 0 * w[:1, :1, :1], (x, dy, index))
+    nothing, _ = _varying(jnp.zeros_like(w, dtype=jnp.float32), w)
+    dw, _ = jax.lax.scan(tile, nothing, (x, dy, index))
     return dx, dw.astype(w.dtype), None
 
 
