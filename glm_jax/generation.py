@@ -15,7 +15,7 @@ from flax import nnx
 
 from glm_jax.cache import Cache
 from glm_jax.errors import UsageError
-from glm_jax.model import PREFILL_CHUNK, GLM, batch_shards, bucket, checked_ids, in_mesh, round_up
+from glm_jax.model import GLM, PREFILL_CHUNK, batch_shards, bucket, checked_ids, in_mesh, round_up
 from glm_jax.parsing import ResponseStream
 from glm_jax.sample import Sampling, sample
 from glm_jax.tokenizer import Tokenizer

@@ -323,7 +323,8 @@ class GLM(nnx.Module):
 
     def trunk(self, ids, cache=None, advance=None, collect=(), scan_experts=False, remat=False):
         """ids [B, T], of which row b has `advance[b]` and the rest is padding (None: all are tokens) -> states
-        [B, T, D] after the final norm, the cache with that many tokens more, and what `collect` names: "hidden" [L, B, T, D] (each layer's output), "routing" (ids, share) [L, B, T, k]."""
+        [B, T, D] after the final norm, the cache with that many tokens more, and what `collect` names: "hidden"
+        [L, B, T, D] (each layer's output), "routing" (ids, share) [L, B, T, k]."""
         rules, c = self.rules, self.config
         ids = jax.reshard(ids, rules("batch", "seq"))
         start = jnp.zeros(ids.shape[0], jnp.int32) if cache is None else cache.length

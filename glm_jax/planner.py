@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType
 from glm_jax.cache import cache_bytes
 from glm_jax.config import Config
 from glm_jax.errors import NoSpace, UsageError
-from glm_jax.model import PREFILL_CHUNK, SCORES, GLM, batch_shards, check_mesh, round_up
+from glm_jax.model import GLM, PREFILL_CHUNK, SCORES, batch_shards, check_mesh, round_up
 from glm_jax.sharding import AXES, Rules, describe, mesh_axes
 
 GIB = 2**30

@@ -4,10 +4,13 @@ them."""
 
 import warnings
 
+import pytest
+
+pytest.importorskip("torch")  # large, and needed nowhere else
+
 import hf_oracle as hf
 import jax
 import numpy as np
-import pytest
 import torch
 import transformers
 from flax import nnx
