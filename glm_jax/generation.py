@@ -210,7 +210,7 @@ def _on_host(step, rows):
 @in_mesh
 def _step(model: GLM, cache: Cache, seen, ids, advance, ends, token, logprob, sampling: Sampling, keys):
     """ids [B, T], of which row b has `advance[b]` -> the next ids [B, 1] and their log-probabilities [B] in the rows
-    whose prompt `ends` [B] with them, elsewhere `token` and `logprob` as they were; the cache; the ids `seen` [B, V]."""
+    whose prompt `ends` [B] with them, elsewhere `token` and `logprob` as they were; the cache; `seen` ids [B, V]."""
     rules = model.rules
     longer: Any
     x, longer, _ = model.trunk(ids, cache, advance)

@@ -276,8 +276,9 @@ class GLM(nnx.Module):
 
     def __call__(self, ids, cache: Cache | None = None):
         """ids [B, T], a list or an array of integers -> logits [B, T, V] in the model's dtype, and the longer cache
-        (None if none was given; the one that was given is spent). Compiled once per shape bucket; needs no ambient mesh; may be called inside jit and
-        grad. Raises UsageError for ids that are no table of tokens, or more tokens than the cache has room for."""
+        (None if none was given; the one that was given is spent). Compiled once per shape bucket; needs no ambient
+        mesh; may be called inside jit and grad. Raises UsageError for ids that are no table of tokens, or more tokens
+        than the cache has room for."""
         is_traced = lambda tree: any(isinstance(a, Tracer) for a in jax.tree.leaves(tree))
         if not isinstance(ids, Tracer):
             ids = checked_ids(ids, self.config.vocab_size)
@@ -353,8 +354,8 @@ class GLM(nnx.Module):
         return jnp.einsum("btd,vd->btv", hidden, head[...])
 
     def mtp_hidden(self, ids, hidden, scan_experts=False, remat=False):
-        """`mtp_logits` before the head, from the states [B, T, D] after the final norm: states [B, T-1, D] after the MTP
-        layer's own norm, and its routing."""
+        """`mtp_logits` before the head, from the states [B, T, D] after the final norm: the states [B, T-1, D] after
+        the MTP layer's own norm, and its routing."""
         assert self.mtp is not None
         m, c, rules = self.mtp, self.config, self.rules
         ids, spec = jax.reshard(ids, rules("batch", "seq")), rules("batch", "seq", None)

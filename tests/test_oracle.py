@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("torch")  # large, and needed nowhere else
 
-import hf_oracle as hf
+import hf_oracle as hf  # noqa: E402
 import jax
 import numpy as np
 import torch
