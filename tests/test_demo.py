@@ -102,7 +102,7 @@ def test_it_chats(demo):
     assert last.finish_reason == "stop" and last.token == train.USER
     messages = [{"role": "user", "content": "Write a Python function `add(a, b)`. Return the sum of a and b."}]
     text = generate(model, tokenizer, messages, max_tokens=40, enable_thinking=False)
-    assert text.lstrip().startswith("```python\ndef add"), text
+    assert text.lstrip().startswith("```python\ndef "), text
 
 
 def test_it_never_writes_a_padding_id(demo):
