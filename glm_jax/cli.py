@@ -5,7 +5,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -24,7 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         if args.quiet:  # XLA and absl write to the file descriptor, not to sys.stderr
             stack.enter_context(_silent_stderr())
+        stack.enter_context(warnings.catch_warnings())
         warnings.showwarning = lambda message, *_: _say(args, f"warning: {message}")
+        args.interrupts = stack.enter_context(_interrupts())
         try:
             _quiet_libraries()
             return args.run(args)
@@ -67,12 +71,12 @@ def generate(args: argparse.Namespace) -> int:
     tools = _tools(args.tools)
     options = _sampling(args)
     model, tokenizer = _load(args)
-    _first_token_note(args)
     pieces, last = [], None
+    stream = stream_generate(
+        model, tokenizer, prompt, raw=args.raw, tools=tools, enable_thinking=not args.no_think, **options
+    )
     try:
-        for last in stream_generate(
-            model, tokenizer, prompt, raw=args.raw, tools=tools, enable_thinking=not args.no_think, **options
-        ):
+        for last in _watched(args, stream):
             pieces.append(last)
             if not args.json:
                 print(last.text, end="", flush=True)
@@ -113,9 +117,10 @@ def chat(args: argparse.Namespace) -> int:
             turn = [*messages, {"role": "user", "content": text}]
             reasoning, content, calls, last = "", "", [], None
             try:
-                for last in stream_generate(
+                stream = stream_generate(
                     model, tokenizer, turn, tools=tools, enable_thinking=not args.no_think, **options
-                ):
+                )
+                for last in _watched(args, stream):
                     print(last.text, end="", flush=True)
                     reasoning, content = reasoning + last.reasoning, content + last.content
                     calls += last.tool_calls
@@ -325,9 +330,41 @@ def _progress(args: argparse.Namespace, what: str):
         yield lambda done, total: bar.update(task, completed=done, total=total, visible=time.monotonic() - begin > 1)
 
 
-def _first_token_note(args: argparse.Namespace):
+@contextlib.contextmanager
+def _interrupts():
+    """A list that grows with every Ctrl-C. It raises KeyboardInterrupt too, which is lost where Python runs a library's
+    destructor or callback."""
+    pressed: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield pressed
+        return
+
+    def interrupt(number, _):
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _watched(args: argparse.Namespace, stream):
+    """The stream, ended by a Ctrl-C that was lost; and a note if nothing comes for a second since it is compiled."""
+    seen = len(args.interrupts)
+    note = threading.Timer(1.0, _say, (args, "compiling for the first time (kept for the next run)"))
+    note.daemon = True
     if not any(Path(_cache_dir()).glob("*")):
-        _say(args, "compiling for the first time (kept for the next run)")
+        note.start()
+    try:
+        for response in stream:
+            note.cancel()
+            yield response
+            if len(args.interrupts) > seen:
+                raise KeyboardInterrupt
+    finally:
+        note.cancel()
 
 
 def _cache_dir() -> str:

@@ -95,6 +95,21 @@ def attention(
     return y.reshape(B, blocks * t, N, H)[:, :T]
 
 
+def self_attention(
+    q: Float[Array, "B T N H"], k: Float[Array, "B K T H"], v: Float[Array, "B K T H"]
+) -> Float[Array, "B T N H"]:
+    """The same over the queries' own keys: a part of the queries at a time, over no later keys than theirs."""
+    B, T, N, _ = q.shape
+    part = max(64, -(-T // 16))
+    attend = attention if B * N * T * T <= SCORES else jax.checkpoint(attention)
+    parts = []
+    for start in range(0, T, part):
+        end = min(start + part, T)
+        positions = jnp.broadcast_to(jnp.arange(start, end), (B, end - start))
+        parts.append(attend(q[:, start:end], k[:, :, :end], v[:, :, :end], positions))
+    return jnp.concatenate(parts, 1)
+
+
 def route(
     x: Float[Array, "T D"], router: Float[Array, "E D"], bias: Float[Array, "E"], config: Config
 ) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
@@ -148,10 +163,10 @@ class Attention(nnx.Module):
         if cache is None:
 
             @jax.shard_map(out_specs=rules("batch", "seq", "heads", None))
-            def attend(q, k, v, positions):
-                return attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), positions)
+            def attend(q, k, v):
+                return self_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
 
-            y = attend(q, k, v, step.positions - step.positions[:, :1])
+            y = attend(q, k, v)
         else:
             spec = rules(None, "batch", "heads", "seq", None)
 
@@ -205,7 +220,7 @@ class MoE(nnx.Module):
             for axis in reversed(own):
                 tokens, ids, share = (jax.lax.all_gather(a, axis, tiled=True) for a in (tokens, ids, share))
             first = jax.lax.axis_index(rules.experts) * down.shape[1] if rules.experts else 0
-            y = kernels.routed_experts(tokens, ids - first, share, gate_up, down, layer, c.n_routed_experts)
+            y = kernels.routed_experts(tokens, ids - first, share, gate_up, down, layer)
             for axis in own:  # before the sum below, which then moves this device's own tokens only
                 y = jax.lax.psum_scatter(y, axis, tiled=True)
             y = jax.lax.psum(y, summed)

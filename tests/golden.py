@@ -119,4 +119,4 @@ def mtp(model, ids, hidden) -> np.ndarray:
 def far(ours, theirs) -> float:
     """The largest difference, in standard deviations of what it should be."""
     theirs = np.asarray(theirs, np.float64)
-    return float(np.abs(np.asarray(ours, np.float64) - theirs).max() / theirs.std())
+    return float(np.abs(np.asarray(ours, np.float64) - theirs).max() / max(theirs.std(), 1e-30))

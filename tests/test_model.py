@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from golden import look, mtp
+from golden import far, look, mtp
 from jax.sharding import AbstractMesh, AxisType
 
 import glm_jax.model as model_module
@@ -19,7 +19,7 @@ from glm_jax.cache import Cache, cache_bytes
 from glm_jax.config import preset, tiny
 from glm_jax.errors import UsageError
 from glm_jax.inspect import describe
-from glm_jax.model import attention, bucket, in_mesh, rope, rope_angles, weight_path
+from glm_jax.model import attention, bucket, in_mesh, rope, rope_angles, self_attention, weight_path
 from glm_jax.planner import needs
 from glm_jax.sharding import AXES, PRESETS, rules
 
@@ -68,10 +68,6 @@ def gradients(model, ids, **options):
     (value, metrics), grads = run(state)
     leaves = jax.tree_util.tree_leaves_with_path(grads)
     return float(value), metrics, {weight_path(path): np.asarray(leaf) for path, leaf in leaves}
-
-
-def far(ours, theirs):
-    return np.abs(np.asarray(ours) - theirs).max() / max(theirs.std(), 1e-30)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -222,12 +218,13 @@ def test_later_tokens_do_not_change_earlier_outputs():
     model, changed = made("all the parts"), IDS.copy()
     changed[:, 7] = (changed[:, 7] + 1) % 128
     before, after = look(model, IDS), look(model, changed)
-    assert np.array_equal(before.logits[:, :7], after.logits[:, :7])
+    # To rounding: an expert that gets another number of rows may add up in another order.
+    assert far(before.logits[:, :7], after.logits[:, :7]) < 1e-5
     assert (before.logits[:, 7:] != after.logits[:, 7:]).any(-1).all()
     # mtp_logits[i] has seen tokens up to i+1.
     ours, theirs = mtp(model, IDS, before.final), mtp(model, changed, after.final)
     assert ours.shape == (3, 10, 128)
-    assert np.array_equal(ours[:, :6], theirs[:, :6])
+    assert far(ours[:, :6], theirs[:, :6]) < 1e-5
     assert (ours[:, 6:] != theirs[:, 6:]).any(-1).all()
 
 
@@ -251,6 +248,21 @@ def test_attention_blocks_change_nothing(monkeypatch):
     for block in (1, 7, 36, 37):
         for ours, theirs in zip(run(block), whole, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * theirs.std() + 1e-5)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("T", [1, 63, 150])
+def test_self_attention_is_attention_over_its_own_keys(T, kept, monkeypatch):
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))
+    q, k, v = normal(2, T, 8, 16), normal(2, 4, T, 16), normal(2, 4, T, 16)
+    positions = jnp.broadcast_to(jnp.arange(T), (2, T))
+    if not kept:
+        monkeypatch.setattr(model_module, "SCORES", 1000)
+    for f in (lambda f: f, lambda f: jax.jit(jax.grad(lambda *qkv: (f(*qkv) ** 2).sum(), (0, 1, 2)))):
+        ours, theirs = f(self_attention)(q, k, v), f(lambda q, k, v: attention(q, k, v, positions))(q, k, v)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            assert np.abs(np.asarray(a - b)).max() < 2e-6 * np.abs(np.asarray(b)).max()
 
 
 def test_model_with_small_attention_blocks(monkeypatch):

@@ -3,6 +3,6 @@
 Inside a `shard_map` every array is one device's share. Shapes: T tokens, k experts a token, L layers, E experts,
 D model width, F expert width, M rows, N and K the sides of a matmul."""
 
-from glm_jax.kernels.grouped_matmul import grouped_matmul, routed_experts
+from glm_jax.kernels.row_tiles import grouped_matmul, routed_experts
 
 __all__ = ["grouped_matmul", "routed_experts"]
