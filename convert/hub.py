@@ -4,18 +4,28 @@ import errno
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from glm_jax.errors import BadInput, MissingInput, NoSpace, UsageError
 
-# Weights, configuration, tokenizer and templates. No pickles, which run code when loaded, and no code.
-WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+# Configuration, tokenizer, templates and the weights' index. No pickles, which run code when loaded, and no code.
+SMALL = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 _SUBFOLDERS = ["*/*"]  # other forms of the same weights
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
 
 
-def fetch(name: str | Path, revision: str | None = None, token: str | None = None, offline: bool = False) -> Path:
+def fetch(
+    name: str | Path,
+    revision: str | None = None,
+    token: str | None = None,
+    offline: bool = False,
+    weights: Sequence[str] = (),
+) -> Path:
     """Returns the folder of a model: `name` itself if that exists, else the Hub's "owner/name", downloaded once.
+
+    Of the Hub's files it takes the small ones, and of the weights those that `weights` names (as `convert.safetensors.
+    files` lists them), so that what cannot be loaded is known before hundreds of gigabytes have come.
 
     The download is that of huggingface_hub: into its cache (HF_HOME), file by file, so that the same call again goes on
     where one was cut off. `offline`, or HF_HUB_OFFLINE=1, takes what the cache has. Raises MissingInput if there is no
@@ -31,14 +41,14 @@ def fetch(name: str | Path, revision: str | None = None, token: str | None = Non
     if isinstance(name, Path) or not _is_id(text):
         shown = text if text and text.isprintable() else repr(text)
         raise MissingInput(f"{shown}: no such folder (a model of the Hub is owner/name: zai-org/GLM-4.6)")
-    return _download(text, revision, token, offline)
+    return _download(text, revision, token, offline, weights)
 
 
 def _is_id(text: str) -> bool:
     return bool(_ID.fullmatch(text)) and ".." not in text and "--" not in text and not text.endswith((".git", "-", "."))
 
 
-def _download(name: str, revision: str | None, token: str | None, offline: bool) -> Path:
+def _download(name: str, revision: str | None, token: str | None, offline: bool, weights: Sequence[str]) -> Path:
     import huggingface_hub  # here, since it takes a second and most folders are local
     from huggingface_hub import constants, errors
 
@@ -47,7 +57,12 @@ def _download(name: str, revision: str | None, token: str | None, offline: bool)
 
     def snapshot(**kwargs):
         return huggingface_hub.snapshot_download(
-            name, revision=revision, token=token, allow_patterns=WANTED, ignore_patterns=_SUBFOLDERS, **kwargs
+            name,
+            revision=revision,
+            token=token,
+            allow_patterns=[*SMALL, *weights],
+            ignore_patterns=_SUBFOLDERS,
+            **kwargs,
         )
 
     at = f"{name} (revision {revision})" if revision else name
@@ -58,7 +73,7 @@ def _download(name: str, revision: str | None, token: str | None, offline: bool)
             except errors.DryRunError:
                 pass  # the Hub is out of reach: the call below finds a complete copy in the cache or says what is wrong
             else:
-                if not any(file.filename.endswith(".safetensors") for file in files):
+                if weights and not any(file.filename.endswith(".safetensors") for file in files):
                     raise BadInput(f"{at}: this repository has no .safetensors files, and nothing else is read")
                 _check_space(at, sum(file.file_size or 0 for file in files if file.will_download), cache)
         return Path(snapshot(local_files_only=offline))

@@ -152,6 +152,14 @@ def read_header(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {tensor.name: tensor for tensor in tensors}, metadata
 
 
+def files(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
+    """The names of the checkpoint's files that hold tensors which are `wanted`, as its index says; without an index
+    the pattern of all. Raises BadInput for an index that is not one."""
+    if not os.path.exists(folder / INDEX):
+        return ["*.safetensors"]
+    return sorted({file for name, file in _read_index(folder / INDEX).items() if wanted(name)})
+
+
 def read_folder(folder: Path | str, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
     """Reads the headers of a checkpoint: of every file that model.safetensors.index.json names, else of the only one.
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -142,8 +143,9 @@ def inspect(args: argparse.Namespace) -> int:
 
     from glm_jax.config import PRESETS, preset
     from glm_jax.convert.hub import fetch
+    from glm_jax.convert.safetensors import INDEX, files
     from glm_jax.inspect import describe
-    from glm_jax.loading import DEMO, read_model
+    from glm_jax.loading import DEMO, read_config, read_tensors
     from glm_jax.model import GLM
     from glm_jax.planner import default_mesh, first_layers
     from glm_jax.sharding import mesh, rules
@@ -156,8 +158,11 @@ def inspect(args: argparse.Namespace) -> int:
         if args.layers is not None:
             config = first_layers(config, args.layers)
     else:
-        folder = fetch(name, revision=args.revision, token=args.token, offline=args.offline)
-        config, _ = read_model(folder, args.dtype, args.layers)
+        get = functools.partial(fetch, name, revision=args.revision, token=args.token, offline=args.offline)
+        folder = get()
+        config, wanted = read_config(folder, args.dtype, args.layers)
+        if Path(name).expanduser().exists() or not (folder / INDEX).is_file():  # of a Hub's shards, no headers
+            config, _ = read_tensors(get(weights=files(folder, wanted)), config, wanted)
     made = _abstract_mesh(args.mesh) if args.mesh else mesh(default_mesh(config, rules(args.rules), jax.devices()))
     found = describe(GLM(config, made, args.rules, seed=None))
     totals = {key: sum(getattr(w, key) for w in found) for key in ("parameters", "bytes", "device_bytes")}

@@ -1,6 +1,7 @@
 """From a Hugging Face folder to a model on a mesh, and back."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,9 @@ import jax.numpy as jnp
 from glm_jax.config import Config
 from glm_jax.convert import hf
 from glm_jax.convert.hub import fetch
-from glm_jax.convert.safetensors import Tensor, read_folder
+from glm_jax.convert.safetensors import Tensor, files, read_folder
 from glm_jax.errors import BadInput, DestinationError, UsageError
-from glm_jax.model import GLM
+from glm_jax.model import GLM, check_mesh
 from glm_jax.planner import default_mesh, first_layers, refuse_if_too_large
 from glm_jax.sharding import Rules
 from glm_jax.sharding import mesh as make_mesh
@@ -42,12 +43,18 @@ def load(
     "float32") of weights and compute, default as stored; the router bias stays float32. `layers=N` reads the first N
     layers only. `progress(done, total)` is told bytes. Everything is checked, the memory too, before a weight is read.
     Raises BadInput, MissingInput, NoSpace or UsageError, each with one line that says what to change."""
-    folder = fetch(path, revision=revision, token=token, offline=offline)
-    config, tensors = read_model(folder, dtype, layers)
+    get = functools.partial(fetch, path, revision=revision, token=token, offline=offline)
+    folder = get()
+    config, wanted = read_config(folder, dtype, layers)
     rules = make_rules(rules)
     mesh = make_mesh(default_mesh(config, rules, jax.devices()) if mesh is None else mesh)
+    check_mesh(config, mesh, rules)
+    name = f"{path} in {config.dtype.name}"
+    refuse_if_too_large(dataclasses.replace(config, num_nextn_predict_layers=0), mesh, rules, name)
+    get(weights=files(folder, wanted))
+    config, tensors = read_tensors(folder, config, wanted)
+    refuse_if_too_large(config, mesh, rules, name)  # with the MTP layer, if there is one
     model = GLM(config, mesh, rules, seed=None)
-    refuse_if_too_large(config, mesh, rules, f"{path} in {config.dtype.name}")
     tokenizer = Tokenizer.read(folder)
     if tokenizer:
         if tokenizer.size > config.vocab_size:
@@ -66,27 +73,20 @@ def load(
     return hf.load_weights(model, tensors, report), tokenizer
 
 
-def read_model(folder: Path, dtype: str | None = None, layers: int | None = None) -> tuple[Config, dict[str, Tensor]]:
-    """The Config of a folder's model, or of its first layers, and the tensors of its weights, checked against each
-    other; reads headers only, and none of files that `layers` does not need."""
-    config = read_config(folder)
-    if dtype is not None:
-        if dtype not in ("bfloat16", "float32"):
-            raise UsageError(f"--dtype {dtype}: weights are loaded in bfloat16 or float32")
-        config = dataclasses.replace(config, dtype=jnp.dtype(dtype))
-    if layers is None:
-        tensors = read_folder(folder)
-        config = hf.without_missing_mtp(config, tensors, folder)
-    else:
-        config = first_layers(config, layers)
-        wanted = set(hf.tensor_shapes(config))
-        tensors = {name: t for name, t in read_folder(folder, wanted.__contains__).items() if name in wanted}
+def read_tensors(folder: Path, config: Config, wanted: Callable[[str], bool]) -> tuple[Config, dict[str, Tensor]]:
+    """The Config, without an MTP layer if the folder has none, and the tensors that are `wanted`, checked against each
+    other; reads headers only, and none of files that hold nothing wanted."""
+    tensors = {name: t for name, t in read_folder(folder, wanted).items() if wanted(name)}
+    config = hf.without_missing_mtp(config, tensors, folder)
     hf.check(config, tensors, folder)
     return config, tensors
 
 
-def read_config(folder: Path) -> Config:
-    """The folder's Config, with the stop ids of its generation_config.json if that has any to say."""
+def read_config(
+    folder: Path, dtype: str | None = None, layers: int | None = None
+) -> tuple[Config, Callable[[str], bool]]:
+    """The Config of a folder's model, or of its first layers, with the stop ids of generation_config.json if that has
+    any to say; and which of its tensors are wanted by name."""
     if folder.is_file():
         raise BadInput(f"{folder}: this is a file; give the folder that holds the checkpoint")
     config = Config.read(folder)
@@ -96,16 +96,28 @@ def read_config(folder: Path) -> Config:
         raise BadInput(
             f"{folder}: the weights are quantised ({method}), which cannot be loaded yet; take the BF16 model"
         )
+    if dtype is not None:
+        if dtype not in ("bfloat16", "float32"):
+            raise UsageError(f"--dtype {dtype}: weights are loaded in bfloat16 or float32")
+        config = dataclasses.replace(config, dtype=jnp.dtype(dtype))
+    config = dataclasses.replace(config, eos_token_id=_stop_ids(folder, config))
+    if layers is None:
+        return config, lambda name: True
+    config = first_layers(config, layers)
+    return config, set(hf.tensor_shapes(config)).__contains__
+
+
+def _stop_ids(folder: Path, config: Config) -> tuple[int, ...]:
     generation = generation_defaults(folder)
     if "eos_token_id" not in generation:
-        return config
+        return config.eos_token_id
     eos = generation["eos_token_id"]
     stop_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in stop_ids):
         raise BadInput(
             f"{folder / 'generation_config.json'}: eos_token_id is {eos!r}, not an id, a list of ids, or null"
         )
-    return dataclasses.replace(config, eos_token_id=stop_ids)
+    return stop_ids
 
 
 def generation_defaults(folder: Path) -> dict[str, Any]:
@@ -118,7 +130,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or BadInput."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits
         raise BadInput(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise BadInput(f"{path}: holds a {type(value).__name__}, not an object")

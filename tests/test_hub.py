@@ -1,6 +1,7 @@
 """What `fetch` asks of huggingface_hub, and what each of its failures becomes. Nothing here touches the network."""
 
 import errno
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,16 @@ import pytest
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import filter_repo_objects
 
-from glm_jax.convert.hub import WANTED, fetch
+from glm_jax import load
+from glm_jax.cli import main
+from glm_jax.config import tiny
+from glm_jax.convert.hf import tensor_shapes
+from glm_jax.convert.hub import SMALL, fetch
 from glm_jax.convert.safetensors import read_folder, write
-from glm_jax.errors import BadInput, MissingInput, NoSpace, UsageError
+from glm_jax.errors import BadInput, GLMError, MissingInput, NoSpace, UsageError
 
 GB = 10**9
+ALL = ["*.safetensors"]
 REPO = {"config.json": 1000, "model-00001-of-00002.safetensors": 5 * GB, "mtp.safetensors": GB}
 
 
@@ -57,7 +63,7 @@ def hub(monkeypatch, tmp_path):
 
 def failure(kind: type[Exception], *parts: str, **kwargs) -> str:
     with pytest.raises(kind) as error:
-        fetch("zai-org/GLM-4.6", **kwargs)
+        fetch("zai-org/GLM-4.6", weights=ALL, **kwargs)
     text = str(error.value)
     assert text.isprintable() and text.startswith("zai-org/GLM-4.6")
     for part in parts:
@@ -108,7 +114,7 @@ def test_what_is_no_hub_id_is_never_downloaded(name, hub, tmp_path, monkeypatch)
 
 def test_the_plan_comes_first_and_then_the_download(hub, tmp_path):
     made = hub()
-    assert fetch("zai-org/GLM-4.6", revision="v1", token="secret") == tmp_path
+    assert fetch("zai-org/GLM-4.6", revision="v1", token="secret", weights=ALL) == tmp_path
     (repo, plan), (again, call) = made.calls
     assert repo == again == "zai-org/GLM-4.6"
     for kwargs in (plan, call):
@@ -122,13 +128,47 @@ def test_the_plan_comes_first_and_then_the_download(hub, tmp_path):
 def test_only_weights_configuration_and_tokenizer_are_wanted(hub):
     made = hub()
     fetch("zai-org/GLM-4.6")
-    wanted = ["config.json", "model-00001-of-00093.safetensors", "mtp.safetensors", "model.safetensors.index.json"]
-    wanted += ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"]
+    fetch("zai-org/GLM-4.6", weights=["model-00001-of-00093.safetensors", "mtp.safetensors"])
+    small = ["config.json", "model.safetensors.index.json", "generation_config.json", "tokenizer.json"]
+    small += ["tokenizer_config.json", "chat_template.jinja", "merges.txt"]
+    weights = ["model-00001-of-00093.safetensors", "mtp.safetensors"]
     refused = ["pytorch_model.bin", "model.pt", "x.pth", "x.pkl", "x.gguf", "modeling_glm.py", "tokenization_glm.py"]
     refused += ["README.md", "original/model.safetensors", "fp8/config.json", "run.sh", "resources/x.jpeg"]
-    patterns = {key: made.calls[1][1][key] for key in ("allow_patterns", "ignore_patterns")}
-    assert list(filter_repo_objects(wanted + refused, **patterns)) == wanted
-    assert patterns["allow_patterns"] == WANTED
+    refused += ["model-00002-of-00093.safetensors"]
+    for (_, call), wanted in zip(made.calls[1::2], (small, small + weights), strict=True):
+        patterns = {key: call[key] for key in ("allow_patterns", "ignore_patterns")}
+        assert list(filter_repo_objects(small + weights + refused, **patterns)) == wanted
+        assert patterns["allow_patterns"][: len(SMALL)] == SMALL
+
+
+MISTAKES = {  # kind: (what load is given, what config.json has, what it says)
+    "another model": ({}, {"model_type": "llama"}, "model_type is 'llama'"),
+    "fp8": ({}, {"quantization_config": {"quant_method": "fp8"}}, "quantised"),
+    "layers": ({"layers": 99}, {}, "--layers 99"),
+    "mesh": ({"mesh": "tensor=8"}, {}, "does not divide"),
+    "dtype": ({"dtype": "int3"}, {}, "--dtype int3"),
+    "memory": ({"mesh": "data=1"}, {"num_hidden_layers": 4000, "hidden_size": 8192}, "--layers"),
+}
+
+
+@pytest.mark.parametrize("given, fields, says", MISTAKES.values(), ids=MISTAKES)
+def test_nothing_large_is_downloaded_for_a_mistake(given, fields, says, hub, tmp_path):
+    made = hub()
+    (tmp_path / "config.json").write_text(json.dumps(tiny(num_attention_heads=4).to_dict() | fields))
+    with pytest.raises(GLMError, match=says):
+        load("zai-org/GLM-4.6", **given)
+    assert len(made.calls) == 2 and not any("safetensors" in p for p in made.calls[1][1]["allow_patterns"])
+
+
+def test_layers_downloads_the_files_that_hold_them(hub, tmp_path):
+    made, config = hub(), tiny()
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    layer = lambda name: name.split(".")[2] if "layers" in name else "0"
+    index = {name: f"model-{layer(name)}.safetensors" for name in tensor_shapes(config)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(MissingInput, match="model-0.safetensors"):  # this Hub has no bytes
+        load("zai-org/GLM-4.6", layers=2)
+    assert made.calls[-1][1]["allow_patterns"] == [*SMALL, "model-0.safetensors", "model-1.safetensors"]
 
 
 def test_space_counts_what_is_not_in_the_cache(hub, tmp_path):
@@ -139,7 +179,7 @@ def test_space_counts_what_is_not_in_the_cache(hub, tmp_path):
     assert "HF_HOME" in text and str(tmp_path / "not" / "yet" / "hub") in text
     assert len(made.calls) == 1  # nothing was downloaded
     hub(free=6 * GB, cached=["config.json"])
-    assert fetch("zai-org/GLM-4.6") == tmp_path
+    assert fetch("zai-org/GLM-4.6", weights=ALL) == tmp_path
     hub(free=0, cached=list(REPO))
     assert fetch("zai-org/GLM-4.6") == tmp_path
     hub(free=GB, files={"model.safetensors": None})  # a size that the Hub does not say
@@ -238,3 +278,13 @@ def test_the_real_library_finds_a_cached_snapshot_that_the_reader_accepts(tmp_pa
     assert folder == repo / "snapshots" / commit and (folder / "model.safetensors").is_symlink()
     np.testing.assert_array_equal(read_folder(folder)["x"].read(), range(4))
     failure(MissingInput, "(revision v2)", "not complete in the cache", revision="v2")
+
+
+def test_inspect_downloads_no_shards(hub, tmp_path, capsys):
+    made = hub()
+    (tmp_path / "config.json").write_text(json.dumps(tiny().to_dict()))
+    index = dict.fromkeys(tensor_shapes(tiny()), "model-0.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert main(["inspect", "zai-org/GLM-4.6", "--mesh", "data=1"]) == 0
+    assert "moe.mlp.gate_up" in capsys.readouterr().out
+    assert not any("safetensors" in p and "index" not in p for _, call in made.calls for p in call["allow_patterns"])
