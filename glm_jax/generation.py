@@ -186,14 +186,14 @@ def generate_steps(
         ends = real & (lengths > start) & (lengths <= start + ids.shape[1])  # prompts whose last token is in this chunk
         ids, advance, ends = place(ids, "batch", None), place(advance, "batch"), place(ends, "batch")
         token, logprob, cache, seen = _step(
-            graph, state, cache, seen, ids, advance, ends, token, logprob, sampling, keys
+            graph, state, cache, seen, ids, advance, ends, token, logprob, sampling, keys, chunk == 0
         )
     one, real = place(real.astype(np.int32), "batch"), place(real, "batch")
     ahead = token, logprob
     for n in range(steps):
         if n:
             token, logprob, cache, seen = _step(
-                graph, state, cache, seen, token, one, real, token, logprob, sampling, keys
+                graph, state, cache, seen, token, one, real, token, logprob, sampling, keys, False
             )
             yield _on_host(ahead, len(prompts))
             ahead = token, logprob
@@ -206,14 +206,15 @@ def _on_host(step, rows):
     return np.asarray(tokens)[:rows, 0], np.asarray(logprobs)[:rows]
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 11), donate_argnums=(2, 3))
 @in_mesh
-def _step(model: GLM, cache: Cache, seen, ids, advance, ends, token, logprob, sampling: Sampling, keys):
+def _step(model: GLM, cache: Cache, seen, ids, advance, ends, token, logprob, sampling: Sampling, keys, fresh: bool):
     """ids [B, T], of which row b has `advance[b]` -> the next ids [B, 1] and their log-probabilities [B] in the rows
-    whose prompt `ends` [B] with them, elsewhere `token` and `logprob` as they were; the cache; `seen` ids [B, V]."""
+    whose prompt `ends` [B] with them, elsewhere `token` and `logprob` as they were; the cache, which is empty if
+    `fresh`; `seen` ids [B, V]."""
     rules = model.rules
     longer: Any
-    x, longer, _ = model.trunk(ids, cache, advance)
+    x, longer, _ = model.trunk(ids, cache, advance, fresh)
     if ids.shape[1] > 1:  # each row's last state, by a masked sum: a look-up across shards would need collectives
         last = jnp.arange(ids.shape[1]) == advance[:, None] - 1
         x = jnp.where(last[..., None], x, 0).sum(1, keepdims=True)

@@ -173,6 +173,8 @@ class Attention(nnx.Module):
             @jax.shard_map(out_specs=(rules("batch", "seq", "heads", None), spec, spec))
             def write_and_attend(q, k, v, positions, ck, cv, layer):
                 ck, cv = write(ck, k, layer, positions[:, 0]), write(cv, v, layer, positions[:, 0])
+                if step.fresh:  # there are no earlier keys, and the cache may be much longer than these
+                    return self_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2)), ck, cv
                 return attention(q, ck[layer], cv[layer], positions), ck, cv
 
             y, ck, cv = write_and_attend(q, k, v, step.positions, cache.k, cache.v, layer)
@@ -263,8 +265,8 @@ class MTP(nnx.Module):
 class Step:
     """What every layer of one forward pass shares. Lives only while tracing."""
 
-    def __init__(self, config: Config, rules: Rules, positions, real):  # [B, T] both; real: not padding
-        self.config, self.rules, self.positions, self.real = config, rules, positions, real
+    def __init__(self, config: Config, rules: Rules, positions, real, fresh=True):  # [B, T] both; real: not padding
+        self.config, self.rules, self.positions, self.real, self.fresh = config, rules, positions, real, fresh
         self.angles = rope_angles(positions, config)
 
 
@@ -337,17 +339,17 @@ class GLM(nnx.Module):
 
     # The functions below are called while tracing, under the model's mesh: see `in_mesh`.
 
-    def trunk(self, ids, cache=None, advance=None, collect=(), scan_experts=False, remat=False):
+    def trunk(self, ids, cache=None, advance=None, fresh=False, collect=(), scan_experts=False, remat=False):
         """ids [B, T], of which row b has `advance[b]` and the rest is padding (None: all are tokens) -> states
         [B, T, D] after the final norm, the cache with that many tokens more, and what `collect` names: "hidden"
-        [L, B, T, D] (each layer's output), "routing" (ids, share) [L, B, T, k]."""
+        [L, B, T, D] (each layer's output), "routing" (ids, share) [L, B, T, k]. `fresh`: the cache is empty."""
         rules, c = self.rules, self.config
         ids = jax.reshard(ids, rules("batch", "seq"))
         start = jnp.zeros(ids.shape[0], jnp.int32) if cache is None else cache.length
         start = jax.reshard(start, rules("batch"))
         positions = start[:, None] + jnp.arange(ids.shape[1], dtype=jnp.int32)
         real = jnp.ones(ids.shape, bool) if advance is None else jnp.arange(ids.shape[1]) < advance[:, None]
-        step = Step(c, rules, *(jax.reshard(a, rules("batch", "seq")) for a in (positions, real)))
+        step = Step(c, rules, *(jax.reshard(a, rules("batch", "seq")) for a in (positions, real)), fresh)
         x = self.embed[...].at[ids].get(out_sharding=rules("batch", "seq", None))
         found: dict[str, list[Any]] = {name: [] for name in collect}
         for stack, first in ((self.dense, 0), (self.moe, c.dense_layers)):
