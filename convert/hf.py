@@ -6,6 +6,7 @@ share is reading byte ranges."""
 import concurrent.futures
 import dataclasses
 import itertools
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -206,28 +207,37 @@ def load_weights(
 
 
 def _place(row: Row, leaf, tensors, pool, progress) -> jax.Array:
-    """One weight on its devices. Devices that hold the same block share one reading of it."""
-    blocks: dict[tuple, list[jax.Device]] = {}
+    """One weight on its devices. What several devices hold is read once, and rows of which each holds some columns."""
+    columns = len(row.axes[-1]) if len(row.axes) > 1 else 0  # so many of our axes, the last ones
+    readings: dict[tuple, dict[tuple, list[jax.Device]]] = {}
     for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
-        blocks.setdefault(tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True)), []).append(device)
+        spans = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, leaf.shape, strict=True))
+        rows, cut = spans[: len(spans) - columns], spans[len(spans) - columns :]
+        # Slices are no keys in Python 3.11.
+        key = tuple((s.start, s.stop) for s in rows), tuple((s.start, s.stop) for s in cut)
+        readings.setdefault(key[0], {}).setdefault(key[1], []).append(device)
     shards = []
-    for spans, devices in blocks.items():
-        index = tuple(itertools.starmap(slice, spans))
-        for shard in _block(row, index, leaf.dtype, tensors, devices, pool, progress):
-            shards.append(shard)
+    for rows, parts in readings.items():
+        index = (*itertools.starmap(slice, rows), *(slice(0, n) for n in leaf.shape[len(rows) :]))
+        cuts = [((..., *itertools.starmap(slice, cut)), device) for cut, to in parts.items() for device in to]
+        shards += _put(row, index, leaf.dtype, cuts, tensors, pool, progress)
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
 
 
-def _block(row: Row, index, dtype, tensors, devices, pool, progress) -> list[jax.Array]:
-    shape = tuple(s.stop - s.start for s in index)
-    if not row.stacked or np.prod(shape) * dtype.itemsize <= WHOLE:
+def _put(row: Row, index, dtype, cuts, tensors, pool, progress) -> list[jax.Array]:
+    """Reads the block `index` and puts of it what each of `cuts` (columns, device) says."""
+    if not row.stacked or math.prod(s.stop - s.start for s in index) * dtype.itemsize <= WHOLE:
         part = _read(row, index, dtype, tensors, pool)
         progress(part.nbytes)
-        return [jax.device_put(part, device) for device in devices]
-    shards = [_zeros(shape, dtype, device) for device in devices]
-    for i, layer in enumerate(range(index[0].start, index[0].stop)):
+        return [jax.device_put(part[cut], device) for cut, device in cuts]
+    layers = range(index[0].start, index[0].stop)
+    shards: list[jax.Array] = []
+    for i, layer in enumerate(layers):
         part = _read(row, (slice(layer, layer + 1), *index[1:]), dtype, tensors, pool)
-        shards = [_insert(shard, jax.device_put(part, d), i) for shard, d in zip(shards, devices, strict=True)]
+        if not shards:
+            shards = [_zeros((len(layers), *part[cut].shape[1:]), dtype, device) for cut, device in cuts]
+        put = [jax.device_put(part[cut], device) for cut, device in cuts]
+        shards = [_insert(*pair, i) for pair in zip(shards, put, strict=True)]
         progress(part.nbytes)
     return shards
 
@@ -241,17 +251,14 @@ _insert = jax.jit(lambda stack, part, at: jax.lax.dynamic_update_slice_in_dim(st
 
 
 def _read(row: Row, index, dtype, tensors, pool) -> np.ndarray:
-    """The block `index` of a weight, read tensor by tensor in parallel."""
+    """The block `index` of a weight, whole in its columns, read tensor by tensor in parallel."""
     n = len(row.stacked)
     out = np.empty([s.stop - s.start for s in index], dtype)
-    cut = row.cut(index[n:])
+    rows = row.cut(index[n:])[0]
 
     def one(at):
         tensor = tensors[row.tensor(*(s.start + i for s, i in zip(index, at, strict=False)))]
-        part = tensor.read(cut[0])
-        if len(cut) > 1 and cut[1] != slice(0, tensor.shape[1]):
-            part = part[:, cut[1]]
-        out[at] = part.reshape(out.shape[n:]).astype(dtype, copy=False)
+        out[at] = tensor.read(rows).reshape(out.shape[n:]).astype(dtype, copy=False)
 
     list(pool.map(one, np.ndindex(*out.shape[:n])))
     return out

@@ -18,7 +18,7 @@ from typing import Any
 from glm_jax import __version__
 from glm_jax.errors import GLMError, NoSpace, UsageError
 
-INTERRUPTED = 130
+INTERRUPTED, IO_ERROR = 130, 74
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise
             message = str(error) or type(error).__name__
             failure = f"glm-jax: {message}\n"
-            code = getattr(error, "exit_code", 1)
+            code = getattr(error, "exit_code", IO_ERROR if isinstance(error, OSError) else 1)
         except Exception as error:  # not a user's mistake, but a trace is no answer either
             if args.debug:
                 raise

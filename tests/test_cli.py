@@ -1,5 +1,6 @@
 """The command line: what goes to stdout, what to stderr, every exit code, and that no mistake shows a stack trace."""
 
+import errno
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from folders import SMALL, write_model, write_text_model
 import glm_jax
 from glm_jax.cli import main
 from glm_jax.config import tiny
+from glm_jax.convert.safetensors import Tensor
 from glm_jax.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -256,6 +258,14 @@ def test_a_wrong_folder(kind, copy, capfd):
 def test_a_wrong_flag(argv, said, folder, capfd):
     mesh = () if "--mesh" in argv or argv[0] == "inspect" else ONE
     assert failed(2, said, tell(capfd, *argv, "-m", folder, *mesh))
+
+
+def test_a_disk_that_cannot_be_read(folder, capfd, monkeypatch):
+    def broken(*args):
+        raise OSError(errno.EIO, "Input/output error", "model.safetensors")
+
+    monkeypatch.setattr(Tensor, "read", broken)
+    assert failed(74, "Input/output error: 'model.safetensors'", tell(capfd, "generate", "-m", folder, "-p", "x", *ONE))
 
 
 def test_a_wrong_verb(capfd):

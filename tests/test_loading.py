@@ -1,5 +1,6 @@
 """Folders to models and back: every bit, every mesh, what transformers' folders do differently, and every refusal."""
 
+import collections
 import dataclasses
 import json
 import re
@@ -95,6 +96,22 @@ def test_stored_dtypes_stay_and_the_router_bias_is_float32(shards):
 @pytest.mark.parametrize("rules", ["ep", "tp", Rules(batch="data", heads=("expert", "tensor"))])
 def test_rules_change_where_weights_lie_and_not_what_they_are(folder, rules):
     assert same(load(folder, mesh="expert=2,tensor=2", rules=rules)[0], load(folder, mesh="data=1")[0])
+
+
+@pytest.mark.parametrize("cut", ["data=2,expert=2,tensor=2", "tensor=4"])
+@pytest.mark.parametrize("whole", [hf.WHOLE, 0], ids=["whole", "by layer"])
+def test_every_byte_is_read_once(cut, whole, folder, monkeypatch):
+    seen, read = [], Tensor.read
+    monkeypatch.setattr(hf, "WHOLE", whole)
+    monkeypatch.setattr(
+        Tensor, "read", lambda t, rows=None: (seen.append((t.name, (out := read(t, rows)).nbytes)), out)[1]
+    )
+    model, _ = load(folder, mesh=cut)
+    total = collections.Counter()
+    for name, nbytes in seen:
+        total[name] += nbytes
+    assert total == {name: t.nbytes for name, t in read_folder(folder).items()}
+    assert same(model, load(folder, mesh="data=1")[0])
 
 
 def test_another_dtype_casts_all_but_the_router_bias(folder, shards):
