@@ -305,6 +305,8 @@ class GLM(nnx.Module):
             if cache.length.shape[0] != B:
                 raise UsageError(f"ids has {B} rows, the cache {cache.length.shape[0]}")
             if not is_traced(cache.length):
+                if cache.length.is_deleted():
+                    raise UsageError("this cache is spent: go on with the one that the call it was given to returned")
                 _check_room(int(np.max(cache.length)), T, cache.size)
         ids = (jnp if isinstance(ids, Tracer) else np).pad(ids, ((0, rows - B), (0, width - T)))
         # Placed, so that no part of the computation is left without an array that says which devices it runs on.

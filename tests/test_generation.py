@@ -9,6 +9,8 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from golden import look
+from jax.sharding import AxisType, Mesh
 from make_tokenizer import write_tokenizer
 
 from glm_jax import GLM, generate, generate_ids, generation, stream_generate
@@ -18,6 +20,7 @@ from glm_jax.generation import _StopStrings, generate_steps
 from glm_jax.model import in_mesh
 from glm_jax.parsing import parse_response
 from glm_jax.sample import Sampling, sample
+from glm_jax.sharding import AXES, Rules
 from glm_jax.tokenizer import Tokenizer
 
 SMALL = dict(num_hidden_layers=2, num_nextn_predict_layers=0, n_routed_experts=8, num_experts_per_tok=2)
@@ -122,7 +125,47 @@ def test_a_cache_that_does_not_belong(single):
         GLM(CONFIG, "expert=2", seed=None).cache(3, 16)
 
 
+def test_a_cache_is_spent_with_the_call(single):
+    cache = single.cache(1, 16)
+    _, longer = single([[1, 2]], cache)
+    assert all(a.is_deleted() for a in jax.tree.leaves(cache))  # its memory is the new one's
+    assert not any(a.is_deleted() for a in jax.tree.leaves(longer))
+
+
 # ---- batches
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "filtered"])
+def test_a_prompt_in_chunks_is_the_prompt(model, monkeypatch, options):
+    """Chunks of 8, 8 and the rest: prompts end in each of them, at their borders too."""
+    rng = np.random.default_rng(4)
+    prompts = [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in (3, 8, 9, 16, 21, 1)]
+    whole = list(generate_steps(model, prompts, 5, **options))
+    monkeypatch.setattr(generation, "PREFILL_CHUNK", 8)
+    for step, want in zip(generate_steps(model, prompts, 5, **options), whole, strict=True):
+        assert np.array_equal(step[0], want[0])
+        np.testing.assert_allclose(step[1], want[1], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("cut", MESHES)
+def test_padding_is_no_experts_work(cut):
+    """NaN in every expert that no token chose but padding would: it would be among the values that the next layer
+    attends to, where a weight of zero does not take it away."""
+    config = tiny(**SMALL | dict(num_hidden_layers=3, n_routed_experts=16))
+    ids = [[5, 9, 2]]
+    layers = look(GLM(config, "data=1"), np.pad(ids, ((0, 0), (0, 13)))).experts[:, 0]
+    chosen = [set(layer[:3].ravel()) for layer in layers]
+    assert all(set(layer[3:].ravel()) - own for layer, own in zip(layers, chosen, strict=True))
+    model = GLM(config, cut)
+    want = np.asarray(model(ids)[0])
+    for weight in (model.moe.mlp.gate_up, model.moe.mlp.down):
+        array = np.array(weight[...])
+        for layer, own in zip(array, chosen, strict=True):
+            layer[[e for e in range(16) if e not in own]] = np.nan
+        weight.set_value(jax.device_put(array, weight[...].sharding))
+    assert close(model(ids)[0], want)
+    cached, _ = model(ids * 2, model.cache(2, 16))
+    assert close(cached[0], want[0])
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED, {"temperature": 1.0}], ids=["greedy", "filtered", "plain"])
@@ -544,6 +587,19 @@ def test_a_generated_text_has_only_ids_of_the_tokenizer(writer, tokenizer):
 
 
 # ---- compiling, and where a model may be called
+
+
+def test_a_mesh_of_the_callers_own(model):
+    """As jax makes one, its axes not Explicit but Auto."""
+    sizes = [model.mesh.shape[axis] for axis in AXES]
+    devices = np.array(jax.devices()[: np.prod(sizes)]).reshape(sizes)
+    own = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    assert generate_ids(GLM(CONFIG, mesh=own), PROMPTS, max_tokens=4) == generate_ids(model, PROMPTS, max_tokens=4)
+
+
+def test_sequences_cannot_be_sharded():
+    with pytest.raises(UsageError, match="the rule seq='tensor': sequences cannot be sharded yet"):
+        GLM(CONFIG, "tensor=2", Rules(heads=None, seq="tensor"), seed=None)
 
 
 def test_a_prompt_and_its_steps_are_compiled_once():

@@ -31,14 +31,23 @@ change a function, a config value or a weight.
 | 21  | MTP layer dense, or with a main layer's weights            | test_mtp_layer_has_its_own_experts            |
 | 22  | prefix model.layers.9 also takes 90 to 92                  | test_layer_prefix                             |
 | 23  | mtp.safetensors missed; copies required                    | test_mtp_file_is_found                        |
+| 24  | FP8 numbers read without their scales                      | test_fp8_is_refused                           |
 | 26  | rope_theta of transformers 5 missed; dtype or torch_dtype  | test_both_config_styles                       |
 | 27  | num_nextn_predict_layers 1 without the layer               | test_mtp_layer_absent                         |
+| 28  | fp16                                                       | test_float16_is_refused                       |
 | 29  | one stop id of three                                       | test_every_stop_id_stops                      |
 | 30  | [gMASK]<sop> twice                                         | test_prompt_prefix_once                       |
 | 31  | ids above the tokenizer's size sampled                     | test_padding_ids_are_never_sampled            |
 | 32  | think and tool tags lost in decoding                       | test_tags_survive_decoding                    |
+| 33  | a template that drifted                                    | test_template_drift                           |
+| 34  | history's thoughts cleared: the prefix cache is lost       | test_cleared_thoughts_end_the_common_prefix   |
 | 35  | top-k order relied on                                      | test_order_of_the_chosen_experts              |
+| 36  | experts summed in bf16                                     | test_experts_are_summed_in_float32            |
 | 37  | fused shared expert in the renormalisation                 | test_shared_expert_fused                      |
+| 38  | Air's odd widths, 1408 and 10944                           | test_odd_widths_in_the_kernel                 |
+|     | 10944 over 8 devices                                       | test_odd_widths_over_eight_devices            |
+
+Row 25 is about a quantiser, and there is none here.
 """
 
 import dataclasses
@@ -51,16 +60,19 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 from flax import nnx
 from golden import CLOSE, far
-from make_tokenizer import write_tokenizer
+from jax.sharding import AbstractMesh
+from make_tokenizer import TEMPLATES, write_tokenizer
 
 import glm_jax.model as model_module
 from glm_jax import GLM, generate_ids, kernels, load, loading, save
 from glm_jax.config import PRESETS, Config, preset, tiny
-from glm_jax.convert.safetensors import Tensor, read_folder
-from glm_jax.errors import BadInput
+from glm_jax.convert.safetensors import Tensor, read_folder, write
+from glm_jax.errors import BadInput, UsageError
 from glm_jax.model import rms_norm, rope_angles
+from glm_jax.sharding import AXES, Rules
 from glm_jax.tokenizer import Tokenizer
 
 IDS = [reference.IDS]
@@ -405,6 +417,59 @@ def test_shared_expert_fused():
     assert far(fused(np.concatenate([share, one * config.routed_scaling_factor], 1)), separate) > 0.1
 
 
+def test_experts_are_summed_in_float32():
+    """In whatever order a token's experts are listed, their sum is the same to fp32 rounding. In bf16 it is not."""
+    rng = np.random.default_rng(0)
+    bf16 = lambda *shape: (rng.standard_normal(shape, np.float32) * shape[-1] ** -0.5).astype(ml_dtypes.bfloat16)
+    x, gate_up, down = bf16(16, 48), bf16(1, 16, 2, 32, 48), bf16(1, 16, 48, 32)
+    ids = np.stack([rng.permutation(16)[:8] for _ in range(16)])
+    share = rng.uniform(0.1, 1, (16, 8)).astype(np.float32)
+    summed = experts(x, ids, share, gate_up, down)
+    assert summed.dtype == np.float32
+    assert far(experts(x, ids[:, ::-1], share[:, ::-1], gate_up, down), summed) < 1e-6
+    each = [experts(x, ids, share * (np.arange(8) == j), gate_up, down) for j in range(8)]
+    assert far(sum(each), summed) < 1e-6
+    in_bf16 = lambda parts: sum((y.astype(ml_dtypes.bfloat16) for y in parts), np.zeros((), ml_dtypes.bfloat16))
+    assert far(in_bf16(each), summed) > 0.01 and far(in_bf16(each[::-1]), in_bf16(each)) > 0.01
+
+
+# ----------------------------------------------------------------------------------------------- the widths of Air
+
+
+def test_odd_widths_in_the_kernel():
+    """1408 is 11 * 128. A kernel in blocks of 512, as sglang-jax has, would leave out the last 384."""
+    air, rng = preset("glm-4.5-air"), np.random.default_rng(0)
+    assert air.moe_intermediate_size == 1408 and air.intermediate_size == 10944
+    normal = lambda *shape: rng.standard_normal(shape, np.float32) * np.float32(shape[-1] ** -0.5)
+    x, gate_up, down = normal(9, 16), normal(1, 3, 2, 1408, 16), normal(1, 3, 16, 1408)
+    ids, share = rng.integers(0, 3, (9, 1)), np.ones((9, 1), np.float32)
+    gate, up = np.einsum("td,tcfd->ctf", x.astype(np.float64), gate_up[0][ids[:, 0]])
+    want = np.einsum("tf,tdf->td", gate / (1 + np.exp(-gate)) * up, down[0][ids[:, 0]])
+    assert far(experts(x, ids, share, gate_up, down), want) < CLOSE
+    assert far(experts(x, ids, share, gate_up[..., :1024, :], down[..., :1024]), want) > 0.5
+
+
+def test_odd_widths_over_eight_devices():
+    """1368 columns of 10944 a device, which is no multiple of 128 either."""
+    glm = GLM(preset("glm-4.5-air"), "tensor=8", seed=None)
+    held = lambda weight: weight.get_value().sharding.shard_shape(weight.get_value().shape)
+    assert held(glm.dense.mlp.gate_up) == (1, 2, 1368, 4096) and held(glm.dense.mlp.down) == (1, 4096, 1368)
+    assert held(glm.moe.mlp.gate_up)[-2] == held(glm.moe.mlp.down)[-1] == 176
+    wide = AbstractMesh((1, 1, 128), AXES)  # 10944 is 85.5 * 128
+    with pytest.raises(UsageError, match=r"not divide intermediate_size 10944 over tensor=128 \(.*, 64\)$"):
+        GLM(preset("glm-4.5-air"), wide, Rules(heads=None, vocab=None), seed=None)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8, "hidden_size": 32}
+    experts = {"n_routed_experts": 2, "num_experts_per_tok": 1, "num_hidden_layers": 2, "num_nextn_predict_layers": 0}
+    config = tiny(**heads, **experts, intermediate_size=10944, moe_intermediate_size=1408)
+    one = GLM(config)
+    want = golden.look(one, IDS).logits
+    assert far(golden.look(GLM(config, "tensor=8"), IDS).logits, want) < CLOSE
+    down = np.array(one.dense.mlp.down[...]).reshape(1, 32, 8, 1368)
+    down[..., 1280:] = 0  # whole blocks of 128 alone
+    one.dense.mlp.down[...] = jnp.asarray(down.reshape(1, 32, 10944))
+    assert far(golden.look(one, IDS).logits, want) > 0.1
+
+
 # ------------------------------------------------------------------------------------------------------ norm, RoPE
 
 
@@ -591,6 +656,35 @@ def test_mtp_layer_absent(model, tmp_path, monkeypatch):
         golden.one_device(folder)
 
 
+def test_fp8_is_refused(tmp_path, monkeypatch):
+    folder, want = golden.save(BIG, tmp_path), golden.GOLDEN[BIG]["logits"]
+    stored = read_folder(folder)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    tensors = {other: t.read() for other, t in stored.items() if t.file == stored[name].file}
+    scale = np.abs(tensors[name]).max(1, keepdims=True) / 448
+    stored[name].file.unlink()
+    write(stored[name].file, tensors | {name: (tensors[name] / scale).astype(ml_dtypes.float8_e4m3fn)})
+    with pytest.raises(BadInput, match=f"{name} is F8_E4M3, not BF16 or F32"):
+        golden.one_device(folder)
+    with monkeypatch.context() as patch:  # a loader that takes numbers of any kind, and knows of no scales
+        patch.setattr(loading.hf, "check", lambda *args: None)
+        assert far(golden.look(golden.one_device(folder), IDS).logits[0], want) > 1
+    said = golden.config_json(BIG) | {"quantization_config": {"quant_method": "compressed-tensors"}}
+    (folder / "config.json").write_text(json.dumps(said))
+    with pytest.raises(BadInput, match=r"quantised \(compressed-tensors\)"):
+        golden.one_device(folder)
+
+
+def test_float16_is_refused(folder):
+    """Activations of these models come near fp16's limit, and gradients pass it."""
+    written = golden.config_json(BIG)
+    with pytest.raises(BadInput, match="'float16', not one of bfloat16, float32"):
+        Config.read(written | {"torch_dtype": "float16"})
+    assert Config.read(written | {"torch_dtype": "bfloat16"}).dtype == preset("glm-4.6").dtype == jnp.bfloat16
+    with pytest.raises(UsageError, match="--dtype float16: weights are loaded in bfloat16 or float32"):
+        load(folder, mesh="data=1", rules=golden.RULES, dtype="float16")
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_both_config_styles(name):
     both = preset(name).to_dict()
@@ -636,15 +730,74 @@ def tokenizer(tmp_path_factory):
     return Tokenizer.read(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
-def test_prompt_prefix_once(tokenizer):
-    prefix = [tokenizer.encode(text) for text in ("[gMASK]", "<sop>")]
-    assert [len(ids) for ids in prefix] == [1, 1]
-    gmask, sop = (ids[0] for ids in prefix)
-    once = lambda ids: ids[:2] == [gmask, sop] and ids.count(gmask) == ids.count(sop) == 1
-    messages = [{"role": "user", "content": "hello"}]
-    assert once(tokenizer.chat(messages))
-    assert not once([gmask, sop, *tokenizer.chat(messages)])  # a tokenizer that adds its own beginning
-    assert once([gmask, sop, *tokenizer.encode("hello")]) and not once(tokenizer.encode("hello"))
+def test_prompt_prefix_once(tmp_path, monkeypatch):
+    """The template writes [gMASK]<sop>. This tokenizer would add them too, as that of ChatGLM does."""
+    file = write_tokenizer(tmp_path) / "tokenizer.json"
+    backend = tokenizers.Tokenizer.from_file(str(file))
+    prefix = [(token, backend.token_to_id(token)) for token in ("[gMASK]", "<sop>")]
+    backend.post_processor = tokenizers.processors.TemplateProcessing("[gMASK] <sop> $A", special_tokens=prefix)
+    backend.save(str(file))
+    ours, first = Tokenizer.read(tmp_path), [id for _, id in prefix]
+    chat = lambda: ours.chat([{"role": "user", "content": "hello"}])
+    ids = chat()
+    assert ids[:2] == first and not {*first} & {*ids[2:]}
+    assert not {*first} & {*ours.encode("hello")}
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: self.tokenizer.encode(text))
+    assert chat() == first + ids
+
+
+# What an edit of a template may lose: a part of its text, and what stands there afterwards.
+DRIFTS = {
+    "glm-4.6": [
+        ('"[gMASK]<sop>"', '"[gMASK]<sop>\\n"'),
+        (r"<|user|>\n", "<|user|>"),
+        ('{{- "/nothink" -}}', ""),
+        (' and not text.endswith("/nothink")', ""),
+        ("thought.strip() if loop.index0 > asked.at else", "thought.strip() if true else"),
+        (r'"\n" ~ answer.strip()', r'"\n" ~ answer'),
+        ("ensure_ascii=False", "ensure_ascii=True"),
+        ('loop.previtem.role != "tool"', "true"),
+        (r"<|assistant|>\n<think></think>", "<|assistant|>"),
+    ],
+    "glm-4.7": [
+        ('"[gMASK]<sop>"', '""'),
+        ('"<|" ~ message.role ~ "|>"', r'"<|" ~ message.role ~ "|>\n"'),
+        ("keep_thoughts or ", ""),
+        ("loop.index0 > asked.at", "true"),
+        ('"</think>" ~ answer.strip()', '"</think>" ~ answer'),
+        ("ensure_ascii=False", "ensure_ascii=True"),
+        ('loop.previtem.role != "tool"', "true"),
+        ("<|assistant|><think>", "<|assistant|>"),
+        ("<|assistant|></think>", "<|assistant|><think></think>"),
+    ],
+}
+
+
+@pytest.mark.parametrize("version, template", [("4.5", "glm-4.6"), ("4.6", "glm-4.6"), ("4.7", "glm-4.7")])
+def test_template_drift(tokenizer, monkeypatch, version, template):
+    vectors = json.loads((golden.DATA / "chat_template_vectors.json").read_text(encoding="utf-8"))
+    text = (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8")
+
+    def differ(template):
+        monkeypatch.setattr(tokenizer.tokenizer, "chat_template", template)
+        return [v["name"] for v in vectors if tokenizer.render(**v["inputs"]) != v["rendered"][version]]
+
+    assert differ(text) == []
+    for part, drifted in DRIFTS[template]:
+        assert part in text and differ(text.replace(part, drifted)), part
+
+
+def test_cleared_thoughts_end_the_common_prefix(tmp_path):
+    """A cache of the first turn and its answer serves the second turn whole, or, with thoughts cleared as GLM-4.7's
+    template does unless told otherwise, up to the first answer."""
+    ours = Tokenizer.read(write_tokenizer(tmp_path, "glm-4.7"))
+    question = [{"role": "user", "content": "hello"}]
+    first = ours.chat(question)
+    cached = np.array(first + ours.encode("easy</think>hi"))
+    turns = [*question, {"role": "assistant", "reasoning_content": "easy", "content": "hi"}, *question]
+    hits = lambda **options: np.argmin(np.append(cached == ours.chat(turns, **options)[: len(cached)], False))
+    assert hits(clear_thinking=False) == len(cached)
+    assert hits() == hits(clear_thinking=True) == len(first) - 1  # the opened thought is the first to differ
 
 
 def test_padding_ids_are_never_sampled(tokenizer, tmp_path):

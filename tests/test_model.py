@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from golden import far, look, mtp
+from golden import QUICK, far, look, mtp
 from jax.sharding import AbstractMesh, AxisType
 
 import glm_jax.model as model_module
@@ -64,7 +64,8 @@ def made(name, at="data=1", by="ep", **changes):
 def gradients(model, ids, **options):
     """The loss, its metrics and its gradient by name, as NumPy."""
     graph, state = nnx.split(model)
-    run = jax.jit(jax.value_and_grad(lambda state: loss(nnx.merge(graph, state), ids, **options), has_aux=True))
+    run = jax.value_and_grad(lambda state: loss(nnx.merge(graph, state), ids, **options), has_aux=True)
+    run = jax.jit(run, compiler_options=QUICK)
     (value, metrics), grads = run(state)
     leaves = jax.tree_util.tree_leaves_with_path(grads)
     return float(value), metrics, {weight_path(path): np.asarray(leaf) for path, leaf in leaves}

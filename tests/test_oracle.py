@@ -10,6 +10,7 @@ pytest.importorskip("torch")  # large, and needed nowhere else
 
 import hf_oracle as hf  # noqa: E402
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
@@ -17,6 +18,7 @@ from flax import nnx
 from golden import CLOSE, QUICK, far, look
 from golden import mtp as mtp_logits
 
+import glm_jax.model as model_module
 from glm_jax import generate_ids, load, loss, save
 from glm_jax.config import tiny
 from glm_jax.convert.safetensors import read_folder
@@ -60,6 +62,14 @@ def test_logits_states_and_mtp(case):
     assert far(mtp_logits(ours, ids, seen.final), want) < CLOSE
 
 
+@pytest.mark.parametrize("case", ["like-4.6", "like-air", "drawn-1"], indirect=True)
+def test_the_model_as_it_is_called(case):
+    """The program that users run: compiled with all optimisations, its 23 tokens padded to 24."""
+    fields, theirs, ours = case
+    ids = hf.ids(fields)
+    assert far(ours(ids)[0], hf.forward(theirs, ids)[0]) < CLOSE
+
+
 GRADIENTS = ["like-4.6", "like-air", "grouped-router", "tied-head", "drawn-1"]
 
 
@@ -100,22 +110,31 @@ def reloaded(folder):
     return hf.Glm4MoeForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
 
 
-def untouched(experts, exact) -> np.ndarray:
-    """[B, T]: the tokens that neither went to another expert in any layer nor can look back at one that did."""
-    other = (np.sort(experts, -1) != np.sort(exact, -1)).any(-1).any(0)
-    return ~np.logical_or.accumulate(other, 1)
+def chosen_as_in(exact, biases):
+    """`route` with the experts of a pass in fp32, [layers, B, T, k]; a layer is known by its router bias."""
+    right, E = model_module.route, biases.shape[1]
+    ahead = 100 * (exact.reshape(len(biases), -1, exact.shape[-1], 1) == np.arange(E)).any(2).astype(np.float32)
+
+    def route(x, router, bias, config):
+        layer = jnp.argmin(jnp.abs(biases - bias).sum(-1))
+        one = jax.vmap(lambda token, bias: right(token[None], router, bias, config))
+        return tuple(a[:, 0] for a in one(x, jnp.asarray(ahead)[layer]))
+
+    return route
 
 
 BF16 = ["like-4.6", "like-air", "two-shared-experts", "grouped-router"]
 
 
 @pytest.mark.parametrize("name", BF16)
-def test_bfloat16(name, tmp_path):
+def test_bfloat16(name, tmp_path, monkeypatch):
     """bf16 shards with F32 router biases among them. The exact answer is the same weights computed in fp32.
 
-    Rounding alone moves transformers' logits by 0.014 to 0.021 of their std (rms), and one of them by 0.07 to 0.11;
-    a token that rounding sends to another expert moves by up to twice the std, in theirs as in ours. So the bounds are
-    for tokens that no such change can reach: rms 0.021, the worst of these 10,000 logits 0.15; most tokens are such.
+    Rounding alone moves transformers' logits by 0.014 to 0.021 of their std (rms), and one of them by 0.07 to 0.11. But
+    a token that it sends to another expert moves by up to twice the std, in theirs as in ours, and those that look back
+    at it follow. That is to be rare, and is then kept apart: each token gets the experts it has in fp32, none is left
+    out, and what remains is rounding. Measured for these: rms 0.010 to 0.012, the worst of 9,696 logits 0.05 to 0.075,
+    and for all of CASES 0.010 to 0.018 and 0.05 to 0.12; other experts in 0 to 1 % of the choices.
     """
     fields = CASES[name]
     folder = hf.save(hf.build(fields, dtype="bfloat16"), tmp_path / name, mtp="shard", copies="same", shard="30KB")
@@ -127,13 +146,15 @@ def test_bfloat16(name, tmp_path):
     in_fp32 = look(load(folder, mesh="data=1", dtype="float32")[0], ids)
     assert far(in_fp32.logits, exact) < CLOSE
     ours = load(folder, mesh="data=1")[0]
-    seen = look(ours, ids)
     assert ours.config.dtype == "bfloat16" and ours.moe.mlp.bias[...].dtype == "float32"
-    kept = untouched(seen.experts, in_fp32.experts)
-    assert kept.mean() > 0.5
-    error = (seen.logits.astype(np.float64) - exact)[kept] / exact.std()
-    assert np.sqrt((error**2).mean()) < 0.021
-    assert np.abs(error).max() < 0.15
+    other = (np.sort(look(ours, ids).experts, -1) != np.sort(in_fp32.experts, -1)).any(-1)
+    assert other.mean() < 0.03
+    monkeypatch.setattr(model_module, "route", chosen_as_in(in_fp32.experts, np.asarray(ours.moe.mlp.bias[...])))
+    seen = look(ours, ids)
+    assert np.array_equal(np.sort(seen.experts, -1), np.sort(in_fp32.experts, -1))
+    error = (seen.logits.astype(np.float64) - exact) / exact.std()
+    assert np.sqrt((error**2).mean()) < 0.014
+    assert np.abs(error).max() < 0.11
 
 
 @pytest.mark.parametrize("head_dim, theta", [(128, 1e6), (12, 1e4)])
