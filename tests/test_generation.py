@@ -130,6 +130,8 @@ def test_a_cache_is_spent_with_the_call(single):
     _, longer = single([[1, 2]], cache)
     assert all(a.is_deleted() for a in jax.tree.leaves(cache))  # its memory is the new one's
     assert not any(a.is_deleted() for a in jax.tree.leaves(longer))
+    with pytest.raises(UsageError, match="this cache is spent: go on with the one"):
+        single([[4]], cache)
 
 
 # ---- batches
