@@ -312,3 +312,12 @@ def test_marker_faults_are_seen(tree):
 def test_path_faults_are_seen(tree, text):
     faults = path_faults(tree("docs/a.md", f"one\n{text}\n"))
     assert len(faults) == 1 and faults[0].startswith("docs/a.md:2:"), faults
+
+
+@pytest.mark.slow
+def test_the_accelerators_benchmark_runs_dry():
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu.py", "--dry"], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(f"\n{part} {{" in done.stdout for part in ("golden_logits", "demo_text", "experts_error", "model_speed"))

@@ -60,7 +60,7 @@ def routed_experts(
     gate, up = h[:, :F].astype(jnp.float32), h[:, F:].astype(jnp.float32)
     y = multiply((jax.nn.silu(gate) * up).astype(x.dtype), down)
     y = _look_up(*_varying(y, place, order[:, None])).reshape(T, k, D).astype(jnp.float32)
-    return sum(share[:, j, None].astype(jnp.float32) * y[:, j] for j in range(k))  # type: ignore[return-value]
+    return functools.reduce(jnp.add, (share[:, j, None].astype(jnp.float32) * y[:, j] for j in range(k)))
 
 
 @jax.custom_vjp
@@ -69,8 +69,8 @@ def _look_up(x, source, places):  # x [A, D], source [M] -> [M, D]; places [A, k
 
 
 def _look_up_backward(places, dy):  # by looking up too: adding to rows in place is a loop on CPU
-    parts = (dy.at[places[:, j]].get(mode="promise_in_bounds").astype(jnp.float32) for j in range(places.shape[1]))
-    return sum(parts).astype(dy.dtype), None, None
+    part = lambda j: dy.at[places[:, j]].get(mode="promise_in_bounds").astype(jnp.float32)
+    return functools.reduce(jnp.add, map(part, range(places.shape[1]))).astype(dy.dtype), None, None
 
 
 _look_up.defvjp(lambda x, source, places: (_look_up(x, source, places), places), _look_up_backward)
@@ -135,10 +135,9 @@ def _dot(x, w, out, in_):
 def _few_rows(x, w, i, width):
     """A few rows times a matrix, read from where it lies: a sum of products of `width` columns each is a fusion into
     which XLA on CPU takes the slicing, and which it vectorises."""
-    (h, K), N, y = x.shape, w.shape[1], 0.0
-    for k in range(0, K, width):
-        columns = jax.lax.dynamic_slice(w, (i, 0 * i, 0 * i + k), (1, N, width))[0]
-        y += columns[:, None] * x[None, :, k : k + width]
+    (h, K), N = x.shape, w.shape[1]
+    columns = lambda k: jax.lax.dynamic_slice(w, (i, 0 * i, 0 * i + k), (1, N, width))[0]
+    y = functools.reduce(jnp.add, (columns(k)[:, None] * x[None, :, k : k + width] for k in range(0, K, width)))
     return _dot(y.reshape(N * h, width), jnp.ones(width, jnp.float32), 1, 0).reshape(N, h).T
 
 
