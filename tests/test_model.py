@@ -2,6 +2,7 @@
 attention, and what XLA makes of it: collectives, bytes a device, temporaries."""
 
 import dataclasses
+import functools
 import re
 import time
 
@@ -61,37 +62,48 @@ def made(name, at="data=1", by="ep", **changes):
     return stir(GLM(variant(name, **changes), at, by))
 
 
-def gradients(model, ids, **options):
+def gradients(model, ids, mask=None, **options):
     """The loss, its metrics and its gradient by name, as NumPy."""
     graph, state = nnx.split(model)
-    run = jax.value_and_grad(lambda state: loss(nnx.merge(graph, state), ids, **options), has_aux=True)
-    run = jax.jit(run, compiler_options=QUICK)
-    (value, metrics), grads = run(state)
+
+    def run(state, ids, mask):  # ids are an argument, so that other ids are the same program
+        return loss(nnx.merge(graph, state), ids, mask, **options)
+
+    run = jax.jit(jax.value_and_grad(run, has_aux=True), compiler_options=QUICK)
+    (value, metrics), grads = run(state, ids, mask)
     leaves = jax.tree_util.tree_leaves_with_path(grads)
     return float(value), metrics, {weight_path(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
-def single(request):
-    """A variant on one device: its name, logits, and the loss with its gradients for rows that any mesh divides."""
-    model = made(request.param)
-    logits, cache = model(IDS)
+@functools.cache
+def single(name):
+    """A variant's logits on one device."""
+    logits, cache = made(name)(IDS)
     assert cache is None and logits.shape == (3, 11, 128) and logits.dtype == jnp.float32
-    rows = np.resize(IDS, (4, 11))
-    weight = 0.3 if model.mtp else 0.0
-    return request.param, np.asarray(logits), rows, weight, gradients(model, rows, mtp_weight=weight)
+    return np.asarray(logits)
 
 
+ROWS = np.resize(IDS, (4, 11))  # which every mesh below divides
+mtp_weight = lambda name: 0.0 if name == "no experts" else 0.3
+
+
+@functools.cache
+def single_gradients(name):
+    """A variant's loss on one device, its metrics and its gradients."""
+    return gradients(made(name), ROWS, mtp_weight=mtp_weight(name))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("at, by", [("expert=4,tensor=2", "ep"), ("data=2,expert=2,tensor=2", "tp")])
-def test_every_mesh_gives_the_same_logits(single, at, by):
-    name, want, *_ = single
+def test_every_mesh_gives_the_same_logits(name, at, by):
+    want = single(name)
     logits, _ = made(name, at, by)(IDS)  # three rows: padded to what the mesh divides
     assert logits.shape == want.shape and far(logits, want) < CLOSE
 
 
-def same_gradients(single, at, by):
-    name, _, rows, weight, (want, want_metrics, want_grads) = single
-    value, metrics, grads = gradients(made(name, at, by), rows, mtp_weight=weight)
+def same_gradients(name, at, by):
+    want, want_metrics, want_grads = single_gradients(name)
+    value, metrics, grads = gradients(made(name, at, by), ROWS, mtp_weight=mtp_weight(name))
     assert abs(value - want) < 1e-5 * want
     assert metrics.keys() == want_metrics.keys()
     assert all(np.array_equal(metrics[key], want_metrics[key]) for key in ("load", "mtp_load") if key in metrics)
@@ -100,20 +112,29 @@ def same_gradients(single, at, by):
         assert far(grads[path], g) < 2e-4, path
 
 
-def test_a_mesh_of_every_axis_gives_the_same_gradients(single):
-    same_gradients(single, "data=2,expert=2,tensor=2", "ep")
+@pytest.mark.parametrize("name", ["all the parts", "no experts"])
+def test_a_mesh_of_every_axis_gives_the_same_gradients(name):
+    same_gradients(name, "data=2,expert=2,tensor=2", "ep")
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize(
-    "at, by", [("expert=4,tensor=1", "ep"), ("tensor=2", "ep"), ("data=2,expert=2,tensor=2", "tp")]
+    "at, by",
+    [
+        ("expert=4,tensor=1", "ep"),
+        ("tensor=2", "ep"),
+        ("data=2,expert=2,tensor=2", "ep"),
+        ("data=2,expert=2,tensor=2", "tp"),
+    ],
 )
-def test_every_mesh_gives_the_same_gradients(single, at, by):
-    same_gradients(single, at, by)
+def test_every_mesh_gives_the_same_gradients(name, at, by):
+    same_gradients(name, at, by)
 
 
-def test_gradients_reach_every_weight(single):
-    *_, (_, _, grads) = single
+@pytest.mark.parametrize("name", ["all the parts", "no experts"])
+def test_gradients_reach_every_weight(name):
+    _, _, grads = single_gradients(name)
     # The router's correction bias moves a choice, which has no gradient; it is balanced by hand.
     assert [path for path, g in grads.items() if not g.any()] == [path for path in grads if path.endswith("mlp.bias")]
 
@@ -194,12 +215,11 @@ def test_load_counts_every_token_k_times():
 
 
 def test_remat_changes_nothing():
-    model = made("all the parts", "expert=2,tensor=2")
-    rows = np.resize(IDS, (4, 11))
-    (a, _, kept), (b, _, again) = (gradients(model, rows, mtp_weight=0.3, remat=remat) for remat in (False, True))
-    assert abs(a - b) < 1e-6 * a
-    for path, g in kept.items():
-        assert far(again[path], g) < 1e-5, path
+    value, _, grads = single_gradients("all the parts")
+    kept, _, others = gradients(made("all the parts"), ROWS, mtp_weight=0.3, remat=False)
+    assert abs(value - kept) < 1e-6 * value
+    for path, g in grads.items():
+        assert far(others[path], g) < 1e-5, path
 
 
 def test_loss_refuses():
