@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -60,7 +60,7 @@ TABLE: dict[str, tuple[str, str]] = {
 # The MTP layer's own embedding and head stand for the main ones; some repositories hold copies of them.
 _COPIES = {_PREFIX + "embed_tokens.weight": "embed", _PREFIX + "shared_head.head.weight": "head"}
 _GATE_UP = ("gate", "up")
-WHOLE = 256 << 20  # bytes up to which a device's block of a weight is put there in one piece, not layer by layer
+WHOLE = 256 << 20  # bytes up to which what is read of a weight at once is all of it, not a layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _copies(config: Config) -> dict[str, tuple[int, ...]]:
     )
 
 
-def without_missing_mtp(config: Config, tensors: Mapping[str, Tensor], where: str | Path) -> Config:
+def without_missing_mtp(config: Config, tensors: Iterable[str], where: str | Path) -> Config:
     """The config without the MTP layer it promises, after one warning, if the folder has none of its tensors."""
     prefix = _PREFIX.format(l=config.num_hidden_layers)
     if config.num_nextn_predict_layers and not any(name.startswith(prefix) for name in tensors):
@@ -153,9 +153,9 @@ def without_missing_mtp(config: Config, tensors: Mapping[str, Tensor], where: st
     return config
 
 
-def check(config: Config, tensors: Mapping[str, Tensor], where: str | Path) -> None:
+def check(config: Config, tensors: Mapping[str, Tensor | None], where: str | Path) -> None:
     """Raises BadInput unless the folder has exactly the tensors the config implies, in shapes and dtypes that are
-    theirs. All that is wrong is said at once."""
+    theirs; None is a tensor of which the name alone is known. All that is wrong is said at once."""
     wanted, known = tensor_shapes(config), dict(_copies(config))
     if config.tie_word_embeddings:
         known["lm_head.weight"] = (config.vocab_size, config.hidden_size)  # another copy of the embedding
@@ -165,7 +165,7 @@ def check(config: Config, tensors: Mapping[str, Tensor], where: str | Path) -> N
     if extra := [name for name in tensors if name not in wanted and name not in known]:
         problems.append(f"{len(extra)} tensors have no place in this model: {_grouped(extra)}")
     for name, tensor in tensors.items():
-        shape = wanted.get(name) or known.get(name)
+        shape = tensor and (wanted.get(name) or known.get(name))
         if shape and tensor.shape != shape:
             problems.append(f"{name} is {list(tensor.shape)}, the config implies {list(shape)}")
         elif shape and tensor.dtype not in ("BF16", "F32"):

@@ -24,8 +24,8 @@ def fetch(
 ) -> Path:
     """Returns the folder of a model: `name` itself if that exists, else the Hub's "owner/name", downloaded once.
 
-    Of the Hub's files it takes the small ones, and of the weights those that `weights` names (as `convert.safetensors.
-    files` lists them), so that what cannot be loaded is known before hundreds of gigabytes have come.
+    Of the Hub's files it takes the small ones, and of the weights those that `weights` names or is a pattern of, so
+    that what cannot be loaded is known before hundreds of gigabytes have come.
 
     The download is that of huggingface_hub: into its cache (HF_HOME), file by file, so that the same call again goes on
     where one was cut off. `offline`, or HF_HUB_OFFLINE=1, takes what the cache has. Raises MissingInput if there is no

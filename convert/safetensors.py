@@ -152,12 +152,9 @@ def read_header(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {tensor.name: tensor for tensor in tensors}, metadata
 
 
-def files(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
-    """The names of the checkpoint's files that hold tensors which are `wanted`, as its index says; without an index
-    the pattern of all. Raises BadInput for an index that is not one."""
-    if not os.path.exists(folder / INDEX):
-        return ["*.safetensors"]
-    return sorted({file for name, file in _read_index(folder / INDEX).items() if wanted(name)})
+def read_index(folder: Path) -> dict[str, str] | None:
+    """The file of every tensor, as the checkpoint's index says, None without one. Raises BadInput."""
+    return _read_index(folder / INDEX) if os.path.exists(folder / INDEX) else None
 
 
 def read_folder(folder: Path | str, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
@@ -192,7 +189,8 @@ def read_folder(folder: Path | str, wanted: Callable[[str], bool] = lambda name:
     missing = [name for name in files_wanted if not os.path.exists(folder / name)]  # False also for a link to nothing
     if missing:
         held = {name: [t for t, file in where.items() if file == name] for name in missing}
-        each = "; ".join(f"{name} ({_some(names)})" for name, names in held.items())
+        each = "; ".join(f"{name} ({_some(names)})" for name, names in [*held.items()][:4])
+        each += f"; and {len(held) - 4} more" if len(held) > 4 else ""
         raise MissingInput(
             f"{folder}: {len(missing)} of {len(files_wanted)} files named by {INDEX} are missing: {each}"
         )

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import signal
@@ -138,14 +137,13 @@ def chat(args: argparse.Namespace) -> int:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """A table of the weights of a folder as they would lie on the mesh; reads headers only."""
+    """A table of the weights of a folder as they would lie on the mesh; reads no weights, and downloads no shards."""
     import jax
 
     from glm_jax.config import PRESETS, preset
     from glm_jax.convert.hub import fetch
-    from glm_jax.convert.safetensors import INDEX, files
     from glm_jax.inspect import describe
-    from glm_jax.loading import DEMO, read_config, read_tensors
+    from glm_jax.loading import DEMO, fetch_weights, read_config, read_tensors
     from glm_jax.model import GLM
     from glm_jax.planner import default_mesh, first_layers
     from glm_jax.sharding import mesh, rules
@@ -158,11 +156,12 @@ def inspect(args: argparse.Namespace) -> int:
         if args.layers is not None:
             config = first_layers(config, args.layers)
     else:
-        get = functools.partial(fetch, name, revision=args.revision, token=args.token, offline=args.offline)
-        folder = get()
-        config, wanted = read_config(folder, args.dtype, args.layers)
-        if Path(name).expanduser().exists() or not (folder / INDEX).is_file():  # of a Hub's shards, no headers
-            config, _ = read_tensors(get(weights=files(folder, wanted)), config, wanted)
+        options = {key: getattr(args, key) for key in ("revision", "token", "offline")}
+        folder = fetch(name, **options)
+        config, indexed, wanted = read_config(folder, args.dtype, args.layers)
+        if Path(name).expanduser().exists() or indexed is None:  # of a Hub's shards the index says enough
+            fetch_weights(name, folder, indexed, **options)
+            config, _ = read_tensors(folder, config, wanted)
     made = _abstract_mesh(args.mesh) if args.mesh else mesh(default_mesh(config, rules(args.rules), jax.devices()))
     found = describe(GLM(config, made, args.rules, seed=None))
     totals = {key: sum(getattr(w, key) for w in found) for key in ("parameters", "bytes", "device_bytes")}
@@ -340,7 +339,9 @@ def _interrupts():
     """A list that grows with every Ctrl-C. It raises KeyboardInterrupt too, which is lost where Python runs a library's
     destructor or callback."""
     pressed: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+    before = signal.getsignal(signal.SIGINT)
+    # Signals are the main thread's; and who started us in the background may have had them ignored.
+    if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
         yield pressed
         return
 
@@ -348,7 +349,7 @@ def _interrupts():
         pressed.append(number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
     try:
         yield pressed
     finally:
@@ -356,13 +357,12 @@ def _interrupts():
 
 
 def _watched(args: argparse.Namespace, stream):
-    """The stream, ended by a Ctrl-C that was lost; and a note if nothing comes for a second since it is compiled."""
+    """The stream, ended by a Ctrl-C that was lost; and a note if nothing comes for some seconds."""
     seen = len(args.interrupts)
-    note = threading.Timer(1.0, _say, (args, "compiling for the first time (kept for the next run)"))
+    note = threading.Timer(3.0, _say, (args, "no token yet: compiling (kept for the next run) or reading the prompt"))
     note.daemon = True
-    if not any(Path(_cache_dir()).glob("*")):
-        note.start()
     try:
+        note.start()
         for response in stream:
             note.cancel()
             yield response

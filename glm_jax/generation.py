@@ -186,7 +186,18 @@ def generate_steps(
         ends = real & (lengths > start) & (lengths <= start + ids.shape[1])  # prompts whose last token is in this chunk
         ids, advance, ends = place(ids, "batch", None), place(advance, "batch"), place(ends, "batch")
         token, logprob, cache, seen = _step(
-            graph, state, cache, seen, ids, advance, ends, token, logprob, sampling, keys, chunk == 0
+            graph,
+            state,
+            cache,
+            seen,
+            ids,
+            advance,
+            ends,
+            token,
+            logprob,
+            sampling,
+            keys,
+            chunk == 0 and ids.shape[1] > 1,
         )
     one, real = place(real.astype(np.int32), "batch"), place(real, "batch")
     ahead = token, logprob

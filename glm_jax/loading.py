@@ -1,7 +1,6 @@
 """From a Hugging Face folder to a model on a mesh, and back."""
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from glm_jax.config import Config
 from glm_jax.convert import hf
 from glm_jax.convert.hub import fetch
-from glm_jax.convert.safetensors import Tensor, files, read_folder
+from glm_jax.convert.safetensors import Tensor, read_folder, read_index
 from glm_jax.errors import BadInput, DestinationError, UsageError
 from glm_jax.model import GLM, check_mesh
 from glm_jax.planner import default_mesh, first_layers, refuse_if_too_large
@@ -43,22 +42,23 @@ def load(
     "float32") of weights and compute, default as stored; the router bias stays float32. `layers=N` reads the first N
     layers only. `progress(done, total)` is told bytes. Everything is checked, the memory too, before a weight is read.
     Raises BadInput, MissingInput, NoSpace or UsageError, each with one line that says what to change."""
-    get = functools.partial(fetch, path, revision=revision, token=token, offline=offline)
-    folder = get()
-    config, wanted = read_config(folder, dtype, layers)
+    options: dict[str, Any] = {"revision": revision, "token": token, "offline": offline}
+    folder = fetch(path, **options)
+    config, indexed, wanted = read_config(folder, dtype, layers)
     rules = make_rules(rules)
     mesh = make_mesh(default_mesh(config, rules, jax.devices()) if mesh is None else mesh)
     check_mesh(config, mesh, rules)
-    name = f"{path} in {config.dtype.name}"
-    refuse_if_too_large(dataclasses.replace(config, num_nextn_predict_layers=0), mesh, rules, name)
-    get(weights=files(folder, wanted))
-    config, tensors = read_tensors(folder, config, wanted)
-    refuse_if_too_large(config, mesh, rules, name)  # with the MTP layer, if there is one
-    model = GLM(config, mesh, rules, seed=None)
     tokenizer = Tokenizer.read(folder)
+    if tokenizer and tokenizer.size > config.vocab_size:
+        raise BadInput(f"{folder}: the tokenizer has {tokenizer.size} ids, the model only {config.vocab_size}")
+    name = f"{path} in {config.dtype.name}"
+    sure = config if indexed else dataclasses.replace(config, num_nextn_predict_layers=0)  # there may be no MTP layer
+    refuse_if_too_large(sure, mesh, rules, name)
+    fetch_weights(path, folder, indexed, **options)
+    config, tensors = read_tensors(folder, config, wanted)
+    refuse_if_too_large(config, mesh, rules, name)
+    model = GLM(config, mesh, rules, seed=None)
     if tokenizer:
-        if tokenizer.size > config.vocab_size:
-            raise BadInput(f"{folder}: the tokenizer has {tokenizer.size} ids, the model only {config.vocab_size}")
         tokenizer.stop_ids = config.eos_token_id
         model.token_limit = tokenizer.size
     total = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(model))
@@ -73,6 +73,14 @@ def load(
     return hf.load_weights(model, tensors, report), tokenizer
 
 
+def fetch_weights(path: "str | Path", folder: Path, indexed: dict[str, str] | None, revision=None, **options) -> None:
+    """Downloads the files of the tensors in `indexed`, all without it, of the Hub's snapshot `folder`; a folder on this
+    machine has them."""
+    if not Path(path).expanduser().exists():
+        weights = ["*.safetensors"] if indexed is None else sorted(set(indexed.values()))
+        fetch(path, revision=folder.name, weights=weights, **options)  # that commit, though the branch may have moved
+
+
 def read_tensors(folder: Path, config: Config, wanted: Callable[[str], bool]) -> tuple[Config, dict[str, Tensor]]:
     """The Config, without an MTP layer if the folder has none, and the tensors that are `wanted`, checked against each
     other; reads headers only, and none of files that hold nothing wanted."""
@@ -84,9 +92,10 @@ def read_tensors(folder: Path, config: Config, wanted: Callable[[str], bool]) ->
 
 def read_config(
     folder: Path, dtype: str | None = None, layers: int | None = None
-) -> tuple[Config, Callable[[str], bool]]:
+) -> tuple[Config, dict[str, str] | None, Callable[[str], bool]]:
     """The Config of a folder's model, or of its first layers, with the stop ids of generation_config.json if that has
-    any to say; and which of its tensors are wanted by name."""
+    any to say; the file of each tensor by the folder's index, checked against it, or None; and which tensors are
+    wanted, by name. Reads no weights' file."""
     if folder.is_file():
         raise BadInput(f"{folder}: this is a file; give the folder that holds the checkpoint")
     config = Config.read(folder)
@@ -100,11 +109,16 @@ def read_config(
         if dtype not in ("bfloat16", "float32"):
             raise UsageError(f"--dtype {dtype}: weights are loaded in bfloat16 or float32")
         config = dataclasses.replace(config, dtype=jnp.dtype(dtype))
-    config = dataclasses.replace(config, eos_token_id=_stop_ids(folder, config))
-    if layers is None:
-        return config, lambda name: True
-    config = first_layers(config, layers)
-    return config, set(hf.tensor_shapes(config)).__contains__
+    config, wanted = dataclasses.replace(config, eos_token_id=_stop_ids(folder, config)), lambda name: True
+    if layers is not None:
+        config = first_layers(config, layers)
+        wanted = set(hf.tensor_shapes(config)).__contains__
+    indexed = read_index(folder)
+    if indexed is not None:
+        indexed = {name: file for name, file in indexed.items() if wanted(name)}
+        config = hf.without_missing_mtp(config, indexed, folder)
+        hf.check(config, dict.fromkeys(indexed), folder)
+    return config, indexed, wanted
 
 
 def _stop_ids(folder: Path, config: Config) -> tuple[int, ...]:

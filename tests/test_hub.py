@@ -160,6 +160,23 @@ def test_nothing_large_is_downloaded_for_a_mistake(given, fields, says, hub, tmp
     assert len(made.calls) == 2 and not any("safetensors" in p for p in made.calls[1][1]["allow_patterns"])
 
 
+@pytest.mark.parametrize(
+    "name, kept, says",
+    [
+        ("model.layers.0.self_attn.q_proj.weight", False, "1 tensors are missing: model.layers.0.self_attn.q_proj"),
+        ("model.layers.0.self_attn.z_proj.weight", True, "1 tensors have no place in this model"),
+    ],
+)
+def test_the_index_is_checked_before_a_shard_comes(name, kept, says, hub, tmp_path):
+    made, config = hub(), tiny()
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    index = dict.fromkeys({*tensor_shapes(config), name} - (set() if kept else {name}), "model-0.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(BadInput, match=says):
+        load("zai-org/GLM-4.6")
+    assert len(made.calls) == 2
+
+
 def test_layers_downloads_the_files_that_hold_them(hub, tmp_path):
     made, config = hub(), tiny()
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
@@ -169,6 +186,7 @@ def test_layers_downloads_the_files_that_hold_them(hub, tmp_path):
     with pytest.raises(MissingInput, match="model-0.safetensors"):  # this Hub has no bytes
         load("zai-org/GLM-4.6", layers=2)
     assert made.calls[-1][1]["allow_patterns"] == [*SMALL, "model-0.safetensors", "model-1.safetensors"]
+    assert made.calls[-1][1]["revision"] == tmp_path.name  # the commit that the small files were of
 
 
 def test_space_counts_what_is_not_in_the_cache(hub, tmp_path):

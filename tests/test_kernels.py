@@ -175,6 +175,13 @@ def test_gradients_of_grouped_matmul(sizes):
     assert not np.asarray(got[0][-2:]).any() and not np.asarray(got[1][1, 1]).any()
 
 
+def test_a_row_that_is_not_finite_stays_out_of_other_gradients():
+    lhs, rhs = normal((4, 24)), normal((1, 2, 12, 24))
+    lhs[3] = np.inf  # past the last group
+    ours = lambda rhs: grouped_matmul(jnp.asarray(lhs), rhs, jnp.asarray([2, 1]))[:2].sum()
+    assert np.isfinite(jax.jit(jax.grad(ours))(rhs)).all()
+
+
 @pytest.mark.parametrize("T", [6, 100])
 @pytest.mark.parametrize("axes", ["expert=4,tensor=2", "expert=8", "tensor=4", "data=2,expert=2,tensor=2"])
 def test_inside_shard_map(T, axes):

@@ -27,8 +27,8 @@ def grouped_matmul(
 ) -> Float[Array, "M N"]:
     """`lhs[m] @ rhs[layer, e].T` for the rows of each group e: the first `group_sizes[0]` rows are group 0's, then on.
 
-    Rows past the last group come out as zeros. Sums are in float32, the result has lhs's dtype. `largest_group`, if
-    the caller knows a bound (default M), says up to which height tiles are compiled."""
+    `layer` is 0..L-1. Rows past the last group come out as zeros. Sums are in float32, the result has lhs's dtype.
+    `largest_group`, if the caller knows a bound (default M), says up to which height tiles are compiled."""
     L, E, N, K = rhs.shape
     heights = _heights(lhs.shape[0] if largest_group is None else largest_group)
     first = jnp.asarray(layer, jnp.int32) * E
@@ -190,7 +190,8 @@ def _grouped_matmul_backward(heights, saved, dy):
 
     def tile(h, e, start, end, drhs):
         mine = start + jnp.arange(h)[:, None] < end
-        return drhs.at[first + e].add(_dot(jnp.where(mine, _rows(dy, start, h), 0), _rows(x, start, h), 0, 0))
+        own = lambda a: jnp.where(mine, _rows(a, start, h), 0)  # of both: 0 times another row's inf is NaN
+        return drhs.at[first + e].add(_dot(own(dy), own(x), 0, 0))
 
     (nothing, *_) = _varying(jnp.zeros_like(rhs, dtype=jnp.float32), rhs)
     drhs = _for_tiles(heights, sizes, lhs.shape[0], tile, nothing)
