@@ -53,7 +53,9 @@ def process(*argv: object, **options) -> subprocess.Popen:
     env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""} | options.pop("env", {})
     command = [sys.executable, "-m", "glm_jax", *map(str, argv)]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes | options)
+    # A shell that runs the tests in the background has SIGINT ignored, and a child would inherit that.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, preexec_fn=heed, **pipes | options)
 
 
 def tell_process(*argv: object, stdin: str = "", **options) -> tuple[int, str, str]:
