@@ -54,8 +54,11 @@ def process(*argv: object, **options) -> subprocess.Popen:
     command = [sys.executable, "-m", "glm_jax", *map(str, argv)]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     # A shell that runs the tests in the background has SIGINT ignored, and a child would inherit that.
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, preexec_fn=heed, **pipes | options)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes | options)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def tell_process(*argv: object, stdin: str = "", **options) -> tuple[int, str, str]:
