@@ -12,8 +12,7 @@ AXES = ("data", "expert", "tensor")
 
 
 def mesh(spec: "str | Mesh | AbstractMesh", devices=None) -> "Mesh | AbstractMesh":
-    """`mesh("expert=4,tensor=2")`: axes that are not named have size 1. A ready mesh is taken
-    with its axes made Explicit.
+    """`mesh("expert=4,tensor=2")`: axes not named have size 1. A ready mesh is taken with its axes made Explicit.
 
     `devices` defaults to the first of `jax.devices()`. Raises UsageError if the text does not parse, names an unknown
     axis, or wants more devices than there are."""

@@ -5,7 +5,6 @@ import dataclasses
 import json
 
 import jax.numpy as jnp
-import jaxtyping
 import pytest
 
 from glm_jax import Config
@@ -65,12 +64,6 @@ PUBLISHED = {"glm-4.5": {}, "glm-4.5-air": AIR, "glm-4.6": LONG, "glm-4.7": LONG
 FP8 = {
     "quantization_config": {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"]}
 }
-
-
-@pytest.fixture(autouse=True)
-def without_type_checks(monkeypatch):
-    """The suite checks every annotation at run time, and would stop a wrong type before Config can name the field."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def published(name: str, spelling: str) -> dict:

@@ -134,6 +134,25 @@ def marker_faults(root: Path) -> list[str]:
     ]
 
 
+def hook_faults(root: Path) -> list[str]:
+    """Shapes and dtypes are checked in the modules that setup.cfg names to jaxtyping's hook, and in no other."""
+    config = configparser.ConfigParser()
+    config.read(root / "setup.cfg")
+    (option,) = re.findall(r"--jaxtyping-packages=(\S+)", config["tool:pytest"]["addopts"])
+    hooked = option.split(",")[:-1]  # the last is the checker
+    covers = lambda name: any(name == prefix or name.startswith(f"{prefix}.") for prefix in hooked)
+    typed = {
+        name
+        for name, file in modules(root)
+        if any(isinstance(n, ast.ImportFrom) and n.module == "jaxtyping" for n in ast.walk(ast.parse(file.read_text())))
+    }
+    faults = [
+        f"{name} has array annotations, and setup.cfg does not name it" for name in sorted(typed) if not covers(name)
+    ]
+    idle = [p for p in hooked if not any(n == p or n.startswith(f"{p}.") for n in typed)]
+    return faults + [f"setup.cfg names {prefix}, which has no array annotations" for prefix in idle]
+
+
 def tracked(root: Path) -> list[Path]:
     """The files git has or would take; everything that is not hidden if git cannot say (an unpacked archive)."""
     command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -162,7 +181,7 @@ def run_python(code: str) -> str:
     return answer.stdout
 
 
-@pytest.mark.parametrize("check", [ladder_faults, package_faults, name_faults, marker_faults, path_faults])
+@pytest.mark.parametrize("check", [ladder_faults, package_faults, name_faults, marker_faults, hook_faults, path_faults])
 def test_house_is_in_order(check):
     assert check(ROOT) == []
 
@@ -229,6 +248,7 @@ packages =
 [tool:pytest]
 markers =
     slow: long
+addopts = -q --jaxtyping-packages=glm_jax.kernels,beartype.beartype
 """
 
 
@@ -306,6 +326,15 @@ def test_name_faults_are_seen(tree):
 def test_marker_faults_are_seen(tree):
     root = tree("tests/test_b.py", "import pytest\npytestmark = pytest.mark.sloow\n")
     assert marker_faults(root) == ["tests/test_b.py:2: marker 'sloow' is not declared in setup.cfg"]
+
+
+def test_hook_faults_are_seen(tree):
+    root = tree("glm_jax/kernels/tiles.py", "from jaxtyping import Array\n")
+    assert hook_faults(root) == []
+    tree("sharding/mesh.py", "from jaxtyping import Array\n")
+    assert hook_faults(root) == ["glm_jax.sharding.mesh has array annotations, and setup.cfg does not name it"]
+    tree("glm_jax/kernels/tiles.py", "")
+    assert hook_faults(root)[-1] == "setup.cfg names glm_jax.kernels, which has no array annotations"
 
 
 @pytest.mark.parametrize("text", ["see /" + "home/ann/x", "pip --index-" + "url http" + "s://x", "'/" + "root/.cache'"])
