@@ -34,10 +34,37 @@ PREFILL_CHUNK = 2048  # tokens of each prompt that go through the model at once
 KEPT_SCORES = 2**22  # up to which a layer's scores are kept for its backward pass
 
 
-def project(x: Float[Array, "B T D"], w: Float[Array, "*out D"]) -> Float[Array, "B T *out"]:
-    """x times w over the last axis of both. As one matrix of rows: XLA on CPU would transpose a stack of them."""
-    y = jnp.einsum("btd,id->bti", x, w.reshape(-1, w.shape[-1]))
-    return y.reshape(*x.shape[:2], *w.shape[:-1])
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """Matrix i of a stack [G, ...] that is not cut out, since what multiplies by it may read it where it lies."""
+
+    stack: jax.Array
+    i: jax.Array
+
+    def __getitem__(self, c) -> "Matrix":
+        """Of a stack [G, n, ...], the c-th of the n; with `...`, as of an array, itself."""
+        if c is ...:
+            return self
+        G, n, *rest = self.stack.shape
+        return Matrix(self.stack.reshape(G * n, *rest), self.i * n + c)
+
+
+def linear(x: Float[Array, "B T *in"], w: "Array | Matrix", spec: jax.P | None = None) -> Float[Array, "B T *out"]:
+    """x times w [*out, *in]. `spec` is the result's sharding where `in` is sharded and the products are summed."""
+    stack, i = (w.stack, w.i) if isinstance(w, Matrix) else (w[None], 0)
+    out = stack.shape[1 : stack.ndim - x.ndim + 2]
+    # As one matrix of rows: XLA on CPU would transpose a stack of them.
+    x, stack = x.reshape(x.shape[0], x.shape[1], -1), stack.reshape(stack.shape[0], int(np.prod(out)), -1)
+    if reads_in_place(x):
+        rows = lambda x, stack, i: kernels.few_rows(x.reshape(-1, x.shape[-1]), stack, i).reshape(*x.shape[:2], -1)
+        matmul = lambda x, stack, i: jnp.einsum("btd,id->bti", x, stack[i])
+        choose = functools.partial(jax.lax.platform_dependent, cpu=rows, default=matmul)
+        spec = spec or jax.P(*jax.typeof(x).sharding.spec[:2], jax.typeof(stack).sharding.spec[1])
+        y = jax.sharding.auto_axes(choose, out_sharding=spec)(x, stack, i)  # pyright: ignore[reportCallIssue]
+    else:
+        y = jnp.einsum("btd,id->bti", x, stack[i], out_sharding=spec)
+    return y.reshape(*x.shape[:2], *out)
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "... D"]:
@@ -159,7 +186,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x, step: "Step", cache: Cache | None, layer):  # x [B, T, D]
         c, rules = step.config, step.rules
-        q, k, v = (project(x, w[...]) for w in (self.q, self.k, self.v))
+        q, k, v = (linear(x, w[...]) for w in (self.q, self.k, self.v))
         if c.attention_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         if c.use_qk_norm:
@@ -185,8 +212,7 @@ class Attention(nnx.Module):
 
             y, ck, cv = write_and_attend(q, k, v, step.positions, cache.k, cache.v, layer)
             cache = Cache(ck, cv, cache.length)
-        y, o = y.reshape(*y.shape[:2], -1), self.o[...].reshape(x.shape[-1], -1)
-        return jnp.einsum("bti,di->btd", y, o, out_sharding=rules("batch", "seq", None)), cache
+        return linear(y, self.o[...], rules("batch", "seq", None)), cache
 
 
 class MLP(nnx.Module):
@@ -195,9 +221,9 @@ class MLP(nnx.Module):
         self.down = weight((L, config.hidden_size, F), None, "ffn")
 
     def __call__(self, x, step: "Step"):  # x [B, T, D]
-        gate, up = (project(x, self.gate_up[...][c]) for c in (0, 1))
+        gate, up = (linear(x, self.gate_up[...][c]) for c in (0, 1))
         h = jax.nn.silu(gate) * up
-        return jnp.einsum("btf,df->btd", h, self.down[...], out_sharding=step.rules("batch", "seq", None))
+        return linear(h, self.down[...], step.rules("batch", "seq", None))
 
 
 class MoE(nnx.Module):
@@ -376,7 +402,7 @@ class GLM(nnx.Module):
     def logits(self, hidden):
         """States after the final norm [..., D] -> logits [..., V]."""
         head = self.embed if self.head is None else self.head
-        return jnp.einsum("btd,vd->btv", hidden, head[...])
+        return linear(hidden, head[...])
 
     def mtp_hidden(self, ids, hidden, scan_experts=False, remat=False):
         """`mtp_logits` before the head, from the states [B, T, D] after the final norm: the states [B, T-1, D] after
@@ -395,19 +421,29 @@ class GLM(nnx.Module):
         return rms_norm(x, m.norm[...], c.rms_norm_eps), outputs["routing"]
 
 
+def reads_in_place(x) -> bool:
+    """Whether so few rows x [B, T, D] multiply a weight that on a CPU it is read from where it lies, without a copy."""
+    (B, T, D), mesh = x.shape, jax.sharding.get_abstract_mesh()
+    return mesh.size == 1 and kernels.is_few(B * T, D, x.dtype)
+
+
 def scan_layers(stack: Layer, x, step: Step, cache, first: int, collect, scan_experts: bool, remat: bool):
     """Runs x through a stack of layers whose first is layer `first` of the cache.
 
     With `scan_experts` each step gets a slice of the expert stack: a copy, but its gradient is then a slice too.
-    Without, the whole stack is closed over and the kernel gets the layer's index."""
+    Without, the whole stack is closed over and the kernel gets the layer's index; so it is with the other matrices
+    where they are read in place."""
     is_expert = lambda path, _: not scan_experts and path[-1] in ("gate_up", "down") and path[:-1] == ("mlp",)
     is_expert = is_expert if isinstance(stack.mlp, MoE) else lambda path, _: False
-    graph, experts, rest = nnx.split(stack, is_expert, ...)
+    in_place = reads_in_place(x) and not scan_experts
+    is_matrix = lambda path, _: in_place and path[-1] in ("q", "k", "v", "o", "gate_up", "down")
+    graph, experts, matrices, rest = nnx.split(stack, is_expert, is_matrix, ...)
 
     def body(carry, item):
         weights, i = item
         x, cache = carry
-        x, cache, routing = nnx.merge(graph, experts, weights)(x, step, cache, first + i, i)
+        here = jax.tree.map(lambda stack: Matrix(stack, i), matrices)
+        x, cache, routing = nnx.merge(graph, experts, here, weights)(x, step, cache, first + i, i)
         return (x, cache), {name: {"hidden": x, "routing": routing}[name] for name in collect}
 
     (x, cache), outputs = jax.lax.scan(

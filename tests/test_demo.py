@@ -189,8 +189,8 @@ def test_new_tokenizer_has_the_published_form(tmp_path):
 def tokens() -> dict[str, np.ndarray]:
     draw = np.random.default_rng(0)
     text = lambda n: (draw.zipf(1.3, n) % 500).astype(np.uint16)
-    starts = np.arange(0, 9000, 300)
-    return {n: text(9000) for n in ("library", "tests", "chat", "held_out", "held_out_chat")} | {"chat_starts": starts}
+    parts = {n: text(9000) for n in ("library", "tests", "chat", "held_out", "held_out_chat")}
+    return parts | {f"{part}_starts": np.arange(0, 9000, 300) for part in batches.MIX}
 
 
 def test_batches_follow_from_the_step():

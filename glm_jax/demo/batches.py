@@ -10,25 +10,33 @@ from glm_jax.demo.corpus import Chat
 
 SEED = 0
 BATCH_TOKENS = 2048  # of one step
-MIX = {"library": 0.7, "tests": 0.15, "chat": 0.15}  # the share of windows from each part
+MIX = {"library": 0.7, "tests": 0.1, "chat": 0.2}  # the share of windows from each part
 
 
 def tokenize(tokenizer: Tokenizer, render: Callable[[Chat], str]) -> dict[str, np.ndarray]:
     """Every part of the corpus as one row of uint16 ids, documents ended by <|endoftext|>, chats by <|user|> first.
 
-    `chat_starts` says where the training chats begin; `bytes` has the UTF-8 length of the held-out library text."""
+    `library_starts` and `tests_starts` say where lines without indentation begin, `chat_starts` where chats do; `bytes`
+    has the UTF-8 length of the held-out library text."""
     files = corpus.sources()
-    library = [s for s in files if not s.test]
-    seen, held = [s for s in library if not s.held_out], [s for s in library if s.held_out]
+    written = [s for s in files if not s.test]
+    seen, held = [s for s in written if not s.held_out], [s for s in written if s.held_out]
     chats = [render(c) for s in seen for c in corpus.chats(s)]
     end = tokenizer.token_to_id("<|endoftext|>")
     row = lambda documents: np.concatenate([np.asarray([*ids, end], np.uint16) for ids in documents])
     encode = lambda texts: [e.ids for e in tokenizer.encode_batch(texts)]
     cut = lambda sources: [[i for ids in encode(corpus.pieces(s)) for i in ids] for s in sources]
+    spelled = [str(tokenizer.id_to_token(i)) for i in range(tokenizer.get_vocab_size())]
+    ends = np.asarray([token.endswith(("Ċ", "<|endoftext|>")) for token in spelled])  # Ċ Ġ ĉ: newline, space, tab
+    indents = np.asarray([token.startswith(("Ċ", "Ġ", "ĉ")) for token in spelled])
+    starts = lambda ids: 1 + np.flatnonzero(ends[ids[:-1]] & ~indents[ids[1:]])
+    library, tests = row(cut(seen)), row(cut([s for s in files if s.test and not s.held_out]))
     conversations = encode(chats)
     return {
-        "library": row(cut(seen)),
-        "tests": row(cut([s for s in files if s.test and not s.held_out])),
+        "library": library,
+        "library_starts": starts(library),
+        "tests": tests,
+        "tests_starts": starts(tests),
         "chat": row(conversations),
         "chat_starts": np.cumsum([0, *(len(ids) + 1 for ids in conversations[:-1])]),
         "held_out": row(encode([s.text for s in held])),
@@ -43,14 +51,17 @@ def size(length: int) -> int:
 
 
 def batch(tokens: dict[str, np.ndarray], step: int, length: int) -> np.ndarray:
-    """The windows of one step, [BATCH_TOKENS / length, length] int32; a chat window begins where a chat does."""
+    """The windows of one step, [BATCH_TOKENS / length, length] int32.
+
+    A chat window begins where a chat does, every other window of the rest where a line without indentation does: a
+    prompt begins like that, and a model that saw only the middle of things at position 0 does not heed what it finds
+    there."""
     draw = np.random.default_rng((SEED, step))
     rows = []
     for part in draw.choice(list(MIX), BATCH_TOKENS // length, p=list(MIX.values())):
-        ids = tokens[part]
+        ids, starts = tokens[part], tokens[f"{part}_starts"]
         last = len(ids) - length
-        if part == "chat":
-            starts = tokens["chat_starts"]
+        if part == "chat" or draw.random() < 0.5:
             start = int(draw.choice(starts[: np.searchsorted(starts, last, side="right")]))
         else:
             start = int(draw.integers(last + 1))

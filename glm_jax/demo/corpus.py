@@ -67,7 +67,7 @@ def pieces(source: Source) -> list[str]:
     cuts = [0]
     for place in range(1, len(source.text)):
         at_word = source.text[place - 1].isspace() and not source.text[place].isspace()
-        if draw.random() < (0.02 if at_word else 0.001):
+        if draw.random() < (0.08 if at_word else 0.001):
             cuts.append(place)
     return [source.text[a:b] for a, b in zip(cuts, [*cuts[1:], len(source.text)], strict=True)]
 
@@ -165,7 +165,7 @@ def chats(source: Source) -> Iterator[Chat]:
     for function in functions(source):
         draw = random.Random(_hash(f"{function.full} {function.source}"))
         yield _chat(function, draw)
-        if draw.random() < 0.05:
+        if draw.random() < 0.12:
             question, answer = draw.choice(ABOUT)
             yield Chat([*_system(draw), _turn(question), _answer(answer)], enable_thinking=draw.random() < 0.6)
 

@@ -84,7 +84,7 @@ GENERATION = {
 
 SEED = 0
 EMBED_STD = 0.3
-STEPS = 1900
+STEPS = 3200
 SHORT, LONG, LONG_FROM = 256, 1024, 0.9  # tokens in a window; long ones cost twice as much, so they come at the end
 PEAK, WARMUP, DECAY = 3e-3, 100, 0.35  # the learning rate falls to zero over the last 35 % of the steps
 BALANCE = 2e-3  # how far a router bias moves in one step
@@ -348,8 +348,8 @@ Python; what it says is not to be relied on.
 
 The source of the standard library of Python {python}, as found on the machine: {library} tokens of the library,
 {tests} of its tests, and {chat} of short chats made from the library's functions and docstrings in GLM-4.6's chat form
-(windows drawn: {shares}). One in 16 files of the library, by a hash of the name, is held out ({held_out} tokens,
-{bytes_per_token} bytes each). The text is under the PSF licence.
+(windows drawn: {shares}). One in 16 files of the library, by a hash of the name,
+is held out ({held_out} tokens, {bytes_per_token} bytes each). The text is under the PSF licence.
 
 ## Training
 

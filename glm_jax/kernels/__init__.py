@@ -3,6 +3,7 @@
 Inside a `shard_map` every array is one device's share. Shapes: T tokens, k experts a token, L layers, E experts,
 D model width, F expert width, M rows, N and K the sides of a matmul."""
 
+from glm_jax.kernels.few_rows import few_rows, is_few
 from glm_jax.kernels.row_tiles import grouped_matmul, routed_experts
 
-__all__ = ["grouped_matmul", "routed_experts"]
+__all__ = ["few_rows", "grouped_matmul", "is_few", "routed_experts"]

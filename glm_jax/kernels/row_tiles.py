@@ -5,9 +5,7 @@ tile ends, and is as high as the smallest of a few heights that holds the rest o
 dropped. So the work is the rows' own and not E times that, as `jax.lax.ragged_dot` costs on CPU and GPU, only chosen
 experts are read, and each once. The weights stay one `[L, E, ...]` stack with a layer index: a slice would be a copy.
 
-Measured on two cores of a CPU with AVX-512, float32, one expert's [768, 1024] after the other out of 800 MB: a matmul
-of h rows costs 0.27 ms + 4 us a row, since XLA first copies the matrix out of the stack. `_few_rows` does not: 0.12 ms
-for one row, 0.14 for two, 0.22 for four; one row is read at the speed of the memory."""
+On CPU a tile of a few rows reads its matrix from where it lies; for a higher one XLA copies it out of the stack."""
 
 import functools
 
@@ -15,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-FEW = 4  # the height of a tile up to which `_few_rows` multiplies it
+from glm_jax.kernels.few_rows import few_rows, is_few
 
 
 def grouped_matmul(
@@ -78,11 +76,11 @@ _look_up.defvjp(lambda x, source, places: (_look_up(x, source, places), places),
 
 def _heights(rows):
     """The heights for groups of up to `rows` rows; every one is a loop to compile. Of hundreds of rows few groups are
-    so short that `_few_rows` is worth it."""
+    so short that `few_rows` is worth it."""
     if rows <= 16:
-        heights = (1, 2, 4, 16)
+        heights = (1, 2, 4, 8, 16)
     elif rows <= 64:
-        heights = (1, 4, 16, 64)
+        heights = (1, 4, 8, 16, 64)
     else:
         heights = (16, 32, 64, 96, 128, 192, 256, 512)
     enough = next((i for i, h in enumerate(heights) if h >= rows), len(heights) - 1)
@@ -132,23 +130,13 @@ def _dot(x, w, out, in_):
     return jax.lax.dot_general(x, w, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _few_rows(x, w, i, width):
-    """A few rows times a matrix, read from where it lies: a sum of products of `width` columns each is a fusion into
-    which XLA on CPU takes the slicing, and which it vectorises."""
-    (h, K), N = x.shape, w.shape[1]
-    columns = lambda k: jax.lax.dynamic_slice(w, (i, 0 * i, 0 * i + k), (1, N, width))[0]
-    y = functools.reduce(jnp.add, (columns(k)[:, None] * x[None, :, k : k + width] for k in range(0, K, width)))
-    return _dot(y.reshape(N * h, width), jnp.ones(width, jnp.float32), 1, 0).reshape(N, h).T
-
-
 def _product(x, w, i, axis=1):
     """x [h, K] times matrix i of w [G, N, K], or with axis=0 x [h, N] times it transposed, in float32."""
     (h, K), dot = x.shape, lambda x, w, i: _dot(x, w[i], 1, axis)
-    width = next((n for n in (16, 32, 64, 128, 256, 8, K) if K % n == 0 and K <= 64 * n), K)  # 64 terms at most
 
     def on_cpu(x, w, i):
         if w.dtype == jnp.float32:
-            return _few_rows(x, w, i, width) if h <= FEW and width <= 256 and axis == 1 else dot(x, w, i)
+            return few_rows(x, w, i) if axis == 1 and is_few(h, K, x.dtype) else dot(x, w, i)
         # A CPU multiplies no bfloat16, and XLA would widen the whole stack before the loop; it does not from a branch.
         nothing = jnp.zeros_like(x[:1, 0], jnp.float32)
         zeros = lambda x, i: jnp.broadcast_to(nothing, (h, w.shape[2 - axis]))
