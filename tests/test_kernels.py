@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import P
 
-from glm_jax.kernels import grouped_matmul, routed_experts
+from glm_jax.kernels import few_rows, grouped_matmul, is_few, routed_experts
 from glm_jax.sharding import mesh
 
 FLOAT32: np.dtype = np.dtype("float32")
@@ -84,6 +84,22 @@ def test_grouped_matmul(sizes, rest, dtype):
     rtol = 2**-8 if dtype == BFLOAT16 else 0
     np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=rtol, atol=1e-6)
     assert not np.asarray(out)[sum(sizes) :].any()  # exactly zero past the last group
+
+
+@pytest.mark.parametrize("rows", range(1, 9))
+@pytest.mark.parametrize("K", [12, 24, 200, 1024, 5120])
+def test_few_rows(rows, K):
+    assert is_few(rows, K, FLOAT32)
+    x, w = normal((rows, K)), normal((3, 7, K))
+    out = jax.jit(few_rows)(x, w, 2)
+    want = np.asarray(x, np.float64) @ np.asarray(w[2], np.float64).T
+    assert out.dtype == FLOAT32 and out.shape == want.shape
+    np.testing.assert_allclose(out, want, rtol=0, atol=2e-6 * K**-0.5)  # numbers of K^-1/2
+
+
+@pytest.mark.parametrize("rows, K, dtype", [(9, 64, FLOAT32), (1, 257, FLOAT32), (1, 64, BFLOAT16)], ids=str)
+def test_what_is_not_few_rows(rows, K, dtype):
+    assert not is_few(rows, K, dtype)
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 16, 17, 64, 65, 150])
