@@ -391,6 +391,7 @@ def test_version(capfd):
     assert tell(capfd, "--version") == (0, f"glm-jax {glm_jax.__version__}\n", "")
 
 
+@pytest.mark.slow
 def test_quiet_and_the_compile_cache(folder, tmp_path):
     """Quiet: the text and one newline, and not a byte on stderr. The second run finds all its programs compiled."""
     env = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}

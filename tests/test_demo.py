@@ -68,6 +68,7 @@ def test_training_learned_and_balanced(log):
     assert last["load_max_over_mean"] < 2 < max(line["load_max_over_mean"] for line in log)
 
 
+@pytest.mark.slow
 def test_held_out_loss_is_the_logged_one(demo, library, log):
     model, tokenizer = demo
     ids = [tokenizer.encode(s.text) for s in library if s.held_out]

@@ -654,6 +654,7 @@ def test_a_model_inside_jit(model):
     assert close(run(state, ids), jax.nn.log_softmax(model(ids)[0]))
 
 
+@pytest.mark.slow
 def test_a_model_inside_grad():
     """Outside of jit on a mesh, and in jit alone."""
     ids = np.array([[1, 2, 3, 4], [4, 5, 6, 7]], np.int32)

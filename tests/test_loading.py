@@ -98,7 +98,7 @@ def test_rules_change_where_weights_lie_and_not_what_they_are(folder, rules):
     assert same(load(folder, mesh="expert=2,tensor=2", rules=rules)[0], load(folder, mesh="data=1")[0])
 
 
-@pytest.mark.parametrize("cut", ["data=2,expert=2,tensor=2", "tensor=4"])
+@pytest.mark.parametrize("cut", [pytest.param("data=2,expert=2,tensor=2", marks=pytest.mark.slow), "tensor=4"])
 @pytest.mark.parametrize("whole", [hf.WHOLE, 0], ids=["whole", "by layer"])
 def test_every_byte_is_read_once(cut, whole, folder, monkeypatch):
     seen, read = [], Tensor.read

@@ -398,6 +398,7 @@ def test_order_of_the_chosen_experts():
     assert far(experts(x, ids[:, ::-1], share, gate_up, down), want) > 0.1
 
 
+@pytest.mark.slow
 def test_shared_expert_fused():
     """One more expert, chosen by every token with weight one, is the same as a separate shared expert, but only if the
     renormalisation and the scaling do not see it."""
@@ -417,6 +418,7 @@ def test_shared_expert_fused():
     assert far(fused(np.concatenate([share, one * config.routed_scaling_factor], 1)), separate) > 0.1
 
 
+@pytest.mark.slow
 def test_experts_are_summed_in_float32():
     """In whatever order a token's experts are listed, their sum is the same to fp32 rounding. In bf16 it is not."""
     rng = np.random.default_rng(0)
@@ -449,6 +451,7 @@ def test_odd_widths_in_the_kernel():
     assert far(experts(x, ids, share, gate_up[..., :1024, :], down[..., :1024]), want) > 0.5
 
 
+@pytest.mark.slow
 def test_odd_widths_over_eight_devices():
     """1368 columns of 10944 a device, which is no multiple of 128 either."""
     glm = GLM(preset("glm-4.5-air"), "tensor=8", seed=None)
@@ -708,6 +711,7 @@ def test_both_config_styles(name):
 # ------------------------------------------------------------------------------------------------------------ text
 
 
+@pytest.mark.slow
 def test_every_stop_id_stops(folder, tmp_path):
     """Three prompts, each answered with another of three stop ids."""
     prompts = [[5, 17, 96], [3, 41, 88, 0, 23], [64]]
@@ -800,6 +804,7 @@ def test_cleared_thoughts_end_the_common_prefix(tmp_path):
     assert hits() == hits(clear_thinking=True) == len(first) - 1  # the opened thought is the first to differ
 
 
+@pytest.mark.slow
 def test_padding_ids_are_never_sampled(tokenizer, tmp_path):
     glm, size = GLM(tiny(vocab_size=384), mesh="data=1"), tokenizer.size
     assert size < 384

@@ -113,7 +113,7 @@ def same_gradients(name, at, by):
         assert far(grads[path], g) < 2e-4, path
 
 
-@pytest.mark.parametrize("name", ["all the parts", "no experts"])
+@pytest.mark.parametrize("name", [pytest.param("all the parts", marks=pytest.mark.slow), "no experts"])
 def test_a_mesh_of_every_axis_gives_the_same_gradients(name):
     same_gradients(name, "data=2,expert=2,tensor=2", "ep")
 
@@ -133,7 +133,7 @@ def test_every_mesh_gives_the_same_gradients(name, at, by):
     same_gradients(name, at, by)
 
 
-@pytest.mark.parametrize("name", ["all the parts", "no experts"])
+@pytest.mark.parametrize("name", [pytest.param("all the parts", marks=pytest.mark.slow), "no experts"])
 def test_gradients_reach_every_weight(name):
     _, _, grads = single_gradients(name)
     # The router's correction bias moves a choice, which has no gradient; it is balanced by hand.
@@ -180,6 +180,7 @@ def test_loss_is_the_mean_over_masked_targets():
     assert (value, metrics["tokens"]) == (0, 0)  # no target: no loss, and no division by zero
 
 
+@pytest.mark.slow
 def test_masked_tokens_have_no_gradient():
     model, mask = made("all the parts"), np.ones(IDS.shape, bool)
     mask[:, 6:] = False
@@ -215,6 +216,7 @@ def test_load_counts_every_token_k_times():
         assert np.array_equal(np.bincount(experts.ravel(), minlength=16), metrics["load"][layer])
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing():
     value, _, grads = single_gradients("all the parts")
     kept, _, others = gradients(made("all the parts"), ROWS, mtp_weight=0.3, remat=False)
