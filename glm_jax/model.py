@@ -5,7 +5,8 @@ R rotated part of a head, E experts, k experts a token, F inner width, V vocabul
 Weights keep the checkpoint's [out, in] orientation, stacked over layers (and experts) in front.
 
 Shardings are explicit: a sum over a sharded dimension names its result's sharding, and a missing one is an error while
-tracing. Two islands are `shard_map`s, attention and routed experts; kernels are called only there."""
+tracing. Two islands are `shard_map`s, attention and routed experts; kernels are called only there, and on one device by
+`linear` too."""
 
 import dataclasses
 import functools
