@@ -38,10 +38,10 @@ KEPT_SCORES = 2**22  # up to which a layer's scores are kept for its backward pa
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """Matrix i of a stack [G, ...] that is not cut out, since what multiplies by it may read it where it lies."""
+    """Matrix i of a stack [G, ...], not cut out: what multiplies a few rows by it reads it where it lies."""
 
     stack: jax.Array
-    i: jax.Array
+    i: "jax.Array | int"
 
     def __getitem__(self, c) -> "Matrix":
         """Of a stack [G, n, ...], the c-th of the n; with `...`, as of an array, itself."""
@@ -51,21 +51,34 @@ class Matrix:
         return Matrix(self.stack.reshape(G * n, *rest), self.i * n + c)
 
 
+def reads_in_place(x) -> bool:
+    """Whether x [B, T, D] has so few rows that on a CPU they multiply a `Matrix` without a copy of it."""
+    return jax.sharding.get_abstract_mesh().size == 1 and kernels.is_few(x.shape[0] * x.shape[1], x.dtype)
+
+
 def linear(x: Float[Array, "B T *in"], w: "Array | Matrix", spec: jax.P | None = None) -> Float[Array, "B T *out"]:
     """x times w [*out, *in]. `spec` is the result's sharding where `in` is sharded and the products are summed."""
-    stack, i = (w.stack, w.i) if isinstance(w, Matrix) else (w[None], 0)
-    out = stack.shape[1 : stack.ndim - x.ndim + 2]
+    if isinstance(w, Matrix):
+        return _linear_in_place(x, w, spec)
+    out = w.shape[: w.ndim - x.ndim + 2]
     # As one matrix of rows: XLA on CPU would transpose a stack of them.
-    x, stack = x.reshape(x.shape[0], x.shape[1], -1), stack.reshape(stack.shape[0], int(np.prod(out)), -1)
-    if reads_in_place(x):
-        rows = lambda x, stack, i: kernels.few_rows(x.reshape(-1, x.shape[-1]), stack, i).reshape(*x.shape[:2], -1)
-        matmul = lambda x, stack, i: jnp.einsum("btd,id->bti", x, stack[i])
-        choose = functools.partial(jax.lax.platform_dependent, cpu=rows, default=matmul)
-        spec = spec or jax.P(*jax.typeof(x).sharding.spec[:2], jax.typeof(stack).sharding.spec[1])
-        y = jax.sharding.auto_axes(choose, out_sharding=spec)(x, stack, i)  # pyright: ignore[reportCallIssue]
-    else:
-        y = jnp.einsum("btd,id->bti", x, stack[i], out_sharding=spec)
-    return y.reshape(*x.shape[:2], *out)
+    x, w = x.reshape(x.shape[0], x.shape[1], -1), w.reshape(int(np.prod(out)), -1)
+    return jnp.einsum("btd,id->bti", x, w, out_sharding=spec).reshape(x.shape[0], x.shape[1], *out)
+
+
+def _linear_in_place(x, w: Matrix, spec):
+    B, T, *in_ = x.shape
+    out = w.stack.shape[1 : w.stack.ndim - len(in_)]
+    x, stack = x.reshape(B, T, -1), w.stack.reshape(w.stack.shape[0], int(np.prod(out)), -1)
+    spec = spec or jax.P(*jax.typeof(x).sharding.spec[:2], jax.typeof(stack).sharding.spec[1])
+
+    @functools.partial(jax.sharding.auto_axes, out_sharding=spec)  # there is one device, so nothing to shard
+    def multiply(x, stack, i):
+        matmul = lambda x, stack, i: x @ stack[i].T
+        y = jax.lax.platform_dependent(x.reshape(B * T, -1), stack, i, cpu=kernels.few_rows, default=matmul)
+        return y.reshape(B, T, -1)
+
+    return multiply(x, stack, w.i).reshape(B, T, *out)  # pyright: ignore[reportCallIssue]
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "... D"]:
@@ -402,8 +415,8 @@ class GLM(nnx.Module):
 
     def logits(self, hidden):
         """States after the final norm [..., D] -> logits [..., V]."""
-        head = self.embed if self.head is None else self.head
-        return linear(hidden, head[...])
+        head = (self.embed if self.head is None else self.head)[...]
+        return linear(hidden, Matrix(head[None], 0) if reads_in_place(hidden) else head)
 
     def mtp_hidden(self, ids, hidden, scan_experts=False, remat=False):
         """`mtp_logits` before the head, from the states [B, T, D] after the final norm: the states [B, T-1, D] after
@@ -414,18 +427,12 @@ class GLM(nnx.Module):
         embedded = self.embed[...].at[ids[:, 1:]].get(out_sharding=spec)
         e = rms_norm(embedded, m.enorm[...], c.rms_norm_eps)
         h = rms_norm(jax.reshard(hidden, spec)[:, :-1], m.hnorm[...], c.rms_norm_eps)
-        x = jnp.einsum("btc,dc->btd", jnp.concatenate([e, h], -1), m.eh_proj[...])  # the embedding first
+        x = linear(jnp.concatenate([e, h], -1), m.eh_proj[...])  # the embedding first
         positions = jnp.broadcast_to(1 + jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
         real = jnp.ones(positions.shape, bool)
         step = Step(c, rules, *(jax.reshard(a, rules("batch", "seq")) for a in (positions, real)))
         x, _, outputs = scan_layers(m.layer, x, step, None, 0, ("routing",), scan_experts, remat)
         return rms_norm(x, m.norm[...], c.rms_norm_eps), outputs["routing"]
-
-
-def reads_in_place(x) -> bool:
-    """Whether so few rows x [B, T, D] multiply a weight that on a CPU it is read from where it lies, without a copy."""
-    (B, T, D), mesh = x.shape, jax.sharding.get_abstract_mesh()
-    return mesh.size == 1 and kernels.is_few(B * T, D, x.dtype)
 
 
 def scan_layers(stack: Layer, x, step: Step, cache, first: int, collect, scan_experts: bool, remat: bool):

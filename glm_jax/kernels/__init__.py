@@ -1,4 +1,4 @@
-"""The routed experts' matmuls, and that of few rows. Arrays in, arrays out: no mesh, no rule and no config comes in here.
+"""The matmuls of routed experts and of few rows. Arrays in, arrays out: no mesh, no rule and no config comes in here.
 
 Inside a `shard_map` every array is one device's share. Shapes: T tokens, k experts a token, L layers, E experts,
 D model width, F expert width, M rows, N and K the sides of a matmul."""

@@ -132,11 +132,11 @@ def _dot(x, w, out, in_):
 
 def _product(x, w, i, axis=1):
     """x [h, K] times matrix i of w [G, N, K], or with axis=0 x [h, N] times it transposed, in float32."""
-    (h, K), dot = x.shape, lambda x, w, i: _dot(x, w[i], 1, axis)
+    h, dot = x.shape[0], lambda x, w, i: _dot(x, w[i], 1, axis)
 
     def on_cpu(x, w, i):
         if w.dtype == jnp.float32:
-            return few_rows(x, w, i) if axis == 1 and is_few(h, K, x.dtype) else dot(x, w, i)
+            return few_rows(x, w, i) if axis == 1 and is_few(h, x.dtype) else dot(x, w, i)
         # A CPU multiplies no bfloat16, and XLA would widen the whole stack before the loop; it does not from a branch.
         nothing = jnp.zeros_like(x[:1, 0], jnp.float32)
         zeros = lambda x, i: jnp.broadcast_to(nothing, (h, w.shape[2 - axis]))
