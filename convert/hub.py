@@ -40,7 +40,9 @@ def fetch(
         return Path(path)
     if isinstance(name, Path) or not _is_id(text):
         shown = text if text and text.isprintable() else repr(text)
-        raise MissingInput(f"{shown}: no such folder (a model of the Hub is owner/name: zai-org/GLM-4.6)")
+        raise MissingInput(
+            f"{shown}: no such folder (a model of the Hub is owner/name: zai-org/GLM-4.6; `inspect glm-4.6` needs none)"
+        )
     return _download(text, revision, token, offline, weights)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from glm_jax import __version__
-from glm_jax.errors import GLMError, NoSpace, UsageError
+from glm_jax.errors import BadInput, GLMError, NoSpace, UsageError
 
 INTERRUPTED, IO_ERROR = 130, 74
 
@@ -60,7 +60,7 @@ def generate(args: argparse.Namespace) -> int:
     """One answer, streamed, then three lines of numbers."""
     from glm_jax.generation import stream_generate
 
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    text = _stdin(sys.stdin.read) if args.prompt == "-" else args.prompt
     if text is None:
         raise UsageError("--prompt is missing: -p TEXT, or -p - to read it from stdin")
     if not text:
@@ -103,7 +103,10 @@ def chat(args: argparse.Namespace) -> int:
     _say(args, "Ctrl-C stops an answer, /clear forgets, /exit or Ctrl-D leaves.")
     while True:
         try:
-            text = input("> " if sys.stdin.isatty() and not args.quiet else "").strip()
+            text = _stdin(lambda: input("> " if sys.stdin.isatty() and not args.quiet else "")).strip()
+        except UsageError as error:
+            print(f"glm-jax: {error}", file=sys.stderr)
+            continue
         except (EOFError, KeyboardInterrupt):
             print()
             return 0
@@ -148,6 +151,8 @@ def inspect(args: argparse.Namespace) -> int:
     from glm_jax.planner import default_mesh, first_layers
     from glm_jax.sharding import mesh, rules
 
+    if args.path and args.model:
+        raise UsageError(f"inspect {args.path} and --model {args.model}: one of them")
     name = args.path or args.model or str(DEMO)
     if name.lower() in PRESETS and not Path(name).exists():
         config = preset(name)
@@ -269,7 +274,10 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
         from glm_jax.loading import DEMO, generation_defaults
 
         folder = fetch(args.model or DEMO, revision=args.revision, token=args.token, offline=args.offline)
-        options["temperature"] = float(generation_defaults(folder).get("temperature") or 1.0)
+        value = generation_defaults(folder).get("temperature")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise BadInput(f"{folder / 'generation_config.json'}: temperature is {value!r}, not a number or null")
+        options["temperature"] = 1.0 if value is None else float(value)
     else:
         try:
             options["temperature"] = float(args.temperature)
@@ -281,6 +289,16 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 
     Sampling.of(options["temperature"], args.top_k, args.top_p, args.min_p, args.repetition_penalty, 1)
     return options
+
+
+def _stdin(read: Callable[[], str]) -> str:
+    """What is read from stdin, if it is text."""
+    try:
+        text = read()
+        text.encode()  # bytes that are no text come as lone surrogates, or not at all
+    except UnicodeError:
+        raise UsageError("--prompt: what comes from stdin is not UTF-8") from None
+    return text
 
 
 def _tools(path: str | None) -> list[dict] | None:

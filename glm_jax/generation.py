@@ -17,6 +17,7 @@ from glm_jax.cache import Cache
 from glm_jax.errors import UsageError
 from glm_jax.model import GLM, PREFILL_CHUNK, batch_shards, bucket, checked_ids, in_mesh, round_up
 from glm_jax.parsing import ResponseStream
+from glm_jax.planner import refuse_if_no_room
 from glm_jax.sample import Sampling, sample
 from glm_jax.tokenizer import Tokenizer
 
@@ -80,6 +81,9 @@ def stream_generate(
     parser = ResponseStream(tokenizer.format, tools, in_thought)
     prompt_tps, first = 0.0, begin
     limit = _limit(model, len(ids), max_tokens)
+    if not limit:
+        _table(model, [ids])  # a wrong prompt is an error also where no token is wanted
+        return
     for n, (tokens, logprobs) in enumerate(steps, 1):
         now = time.perf_counter()
         if n == 1:
@@ -172,7 +176,9 @@ def generate_steps(
     for row, prompt in zip(seen, prompts, strict=False):
         row[np.asarray(prompt)] = True
     graph, state = nnx.split(model)
-    cache = model.cache(rows, min(bucket(longest + steps, 64), model.config.max_position_embeddings))
+    size = min(bucket(longest + steps, 64), model.config.max_position_embeddings)
+    refuse_if_no_room(model, rows, size)
+    cache = model.cache(rows, size)
     # The arguments of every step have one sharding from the first on, or the second would be compiled again.
     place = lambda a, *axes: jax.device_put(a, jax.NamedSharding(model.mesh, model.rules(*axes)))
     keys, seen = place(keys, "batch"), place(seen, "batch", None)
@@ -277,6 +283,8 @@ def _prompt_ids(tokenizer: Tokenizer, prompt: Any, tools, enable_thinking: bool,
         if raw or not tokenizer.has_chat_template or (tokenizer.continues_text and not tools):
             return _opened(tokenizer, tokenizer.encode(prompt))
         prompt = [{"role": "user", "content": prompt}]
+    if not hasattr(prompt, "__len__"):
+        raise UsageError(f"a prompt is text, a list of messages or a list of ids, this is {prompt!r}")
     if len(prompt) and isinstance(prompt[0], dict):
         prompt = tokenizer.chat(prompt, tools=tools, enable_thinking=enable_thinking)
     if not all(isinstance(i, int | np.integer) for i in prompt):
@@ -291,9 +299,11 @@ def _opened(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], bool]:
 
 def _table(model: GLM, prompts) -> tuple[np.ndarray, np.ndarray]:
     """Prompts as a table padded to a bucket [rows, T], and their lengths [rows]."""
-    if not len(prompts):
-        raise UsageError("no prompts")
+    if not hasattr(prompts, "__len__") or not len(prompts):
+        raise UsageError("no prompts: give a list with a list of ids for each prompt")
     for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str) or not hasattr(prompt, "__len__"):
+            raise UsageError(f"prompt {i} is {prompt!r}: give a list with a list of ids for each prompt")
         if not len(prompt):
             raise UsageError(f"prompt {i} is empty: there is nothing to go on from")
         checked_ids([prompt], model.config.vocab_size)
@@ -311,8 +321,8 @@ def _table(model: GLM, prompts) -> tuple[np.ndarray, np.ndarray]:
 
 def _limit(model: GLM, prompt_tokens: int, max_tokens: int) -> int:
     """How many tokens can follow: what was asked for, or what is left of the context."""
-    if max_tokens < 0:
-        raise UsageError(f"--max-tokens {max_tokens}: must be 0 or more")
+    if not isinstance(max_tokens, int | np.integer) or max_tokens < 0:
+        raise UsageError(f"--max-tokens {max_tokens}: must be a whole number, 0 or more")
     # The last token is answered, not read, so it needs no place.
     return max(0, min(max_tokens, model.config.max_position_embeddings - prompt_tokens + 1))
 

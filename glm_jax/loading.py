@@ -106,7 +106,7 @@ def read_config(
             f"{folder}: the weights are quantised ({method}), which cannot be loaded yet; take the BF16 model"
         )
     if dtype is not None:
-        if dtype not in ("bfloat16", "float32"):
+        if dtype not in ("bfloat16", "float32", jnp.bfloat16, jnp.float32):
             raise UsageError(f"--dtype {dtype}: weights are loaded in bfloat16 or float32")
         config = dataclasses.replace(config, dtype=jnp.dtype(dtype))
     config, wanted = dataclasses.replace(config, eos_token_id=_stop_ids(folder, config)), lambda name: True

@@ -9,7 +9,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Shaped
 
 from glm_jax.errors import UsageError
-from glm_jax.model import GLM, batch_shards, hand_out, in_mesh, with_all_gradients
+from glm_jax.model import GLM, batch_shards, checked_ids, hand_out, in_mesh, with_all_gradients
 
 
 def loss(model: GLM, ids, mask=None, mtp_weight: float = 0.0, remat: bool = True):
@@ -21,7 +21,7 @@ def loss(model: GLM, ids, mask=None, mtp_weight: float = 0.0, remat: bool = True
 
     Returns the scalar and a dict: "loss" and "mtp_loss" (nats a token), "tokens" (targets counted), "load" [L, E] and
     "mtp_load" [1, E] (tokens each expert got; every token counts, masked or not)."""
-    ids = jnp.asarray(ids)
+    ids = jnp.asarray(ids if isinstance(ids, Tracer) else checked_ids(ids, model.config.vocab_size))
     if ids.ndim != 2 or ids.shape[1] < 2 + (mtp_weight > 0):
         raise UsageError(f"ids must be [batch, tokens] with a next token to predict, its shape is {ids.shape}")
     if mtp_weight > 0 and model.mtp is None:
@@ -31,6 +31,8 @@ def loss(model: GLM, ids, mask=None, mtp_weight: float = 0.0, remat: bool = True
             f"a batch of {ids.shape[0]} rows cannot be cut into {batch_shards(model)} parts: take a multiple"
         )
     mask = jnp.ones(ids.shape, bool) if mask is None else jnp.asarray(mask)
+    if mask.shape != ids.shape:
+        raise UsageError(f"mask must say of each of the ids {ids.shape} whether it counts, its shape is {mask.shape}")
     # Placed, so that outside jit the parts without a weight still know their devices.
     ids, mask = jax.device_put((ids, mask), jax.NamedSharding(model.mesh, model.rules("batch", "seq")))
     graph, state = nnx.split(model)

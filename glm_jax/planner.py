@@ -64,6 +64,18 @@ def device_bytes(device) -> int:
     return int(fields["MemAvailable"].split()[0]) * 1024 // jax.local_device_count()
 
 
+def refuse_if_no_room(model: GLM, batch: int, context: int) -> None:
+    """Raises NoSpace if a cache of `context` tokens for `batch` rows is more than what its devices have left."""
+    parts = math.prod(model.mesh.shape[a] for a in mesh_axes([model.rules.batch, model.rules.heads]))
+    need, device = cache_bytes(model.config, batch, context) // parts, model.mesh.devices.flat[0]
+    free = device_bytes(device) - (device.memory_stats() or {}).get("bytes_in_use", 0)
+    if need > free:
+        raise NoSpace(
+            f"the cache for {batch} x {context} tokens needs {need / GIB:.1f} GiB on each of {model.mesh.size} devices,"
+            f" {free / GIB:.1f} are free: a smaller --max-tokens, fewer rows, or a --mesh of more devices"
+        )
+
+
 def default_mesh(config: Config, rules: Rules, devices: list) -> str:
     """The mesh for these devices: experts spread as far as they go, more over `tensor` if that is what makes it fit."""
     for count in range(len(devices), 0, -1):  # if no mesh of all devices divides the model, as many as do

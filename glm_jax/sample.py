@@ -29,6 +29,16 @@ class Sampling:
     @classmethod
     def of(cls, temperature, top_k, top_p, min_p, repetition_penalty, token_limit) -> "Sampling":
         """Checked: raises UsageError naming the flag, the value and the range."""
+        values = {
+            "temperature": temperature,
+            "top-k": top_k,
+            "top-p": top_p,
+            "min-p": min_p,
+            "repetition-penalty": repetition_penalty,
+        }
+        for flag, value in values.items():
+            if not isinstance(value, int | float | np.number):
+                raise UsageError(f"--{flag} {value!r}: must be a number")
         for flag, value, good, span in (
             ("temperature", temperature, 0 <= temperature < math.inf, "0 or more"),
             ("top-k", top_k, 0 <= top_k < 2**31 and top_k == int(top_k), "a whole number, 0 for all"),

@@ -33,7 +33,7 @@ def mesh(spec: "str | Mesh | AbstractMesh", devices=None) -> "Mesh | AbstractMes
 
 def mesh_sizes(spec: str) -> dict[str, int]:
     """The size of every axis in a text as `mesh` takes it; needs no devices."""
-    sizes = dict.fromkeys(AXES, 1)
+    sizes, named = dict.fromkeys(AXES, 1), set()
     for part in filter(None, spec.replace(" ", "").split(",")):
         name, _, size = part.partition("=")
         if name not in AXES:
@@ -42,6 +42,9 @@ def mesh_sizes(spec: str) -> dict[str, int]:
             )
         if not size.isdecimal() or int(size) < 1:
             raise UsageError(f"--mesh {spec}: {name}={size!r} is not a size, write for instance {name}=2")
+        if name in named:
+            raise UsageError(f"--mesh {spec}: {name} is named twice")
+        named.add(name)
         sizes[name] = int(size)
     return sizes
 

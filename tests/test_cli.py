@@ -138,6 +138,8 @@ def test_temperature_auto_is_the_folders(copy, capfd):
     argv = ("generate", "-m", copy, "-p", "the", "--max-tokens", 6, "--quiet", *ONE)
     (copy / "generation_config.json").write_text('{"temperature": 0.7}')
     assert tell(capfd, *argv, "--temperature", "auto") == tell(capfd, *argv, "--temperature", "0.7")
+    (copy / "generation_config.json").write_text('{"temperature": "warm"}')
+    assert failed(65, "temperature is 'warm', not a number or null", tell(capfd, *argv, "--temperature", "auto"))
 
 
 # ---- mistakes
@@ -238,6 +240,7 @@ def test_a_wrong_folder(kind, copy, capfd):
         (("generate", "-p", "x", "--mesh", "expert=64"), "needs 64 devices, there are 8"),
         (("generate", "-p", "x", "--mesh", "pipeline=2"), "no axis 'pipeline'"),
         (("generate", "-p", "x", "--mesh", "expert=two"), "expert='two' is not a size"),
+        (("generate", "-p", "x", "--mesh", "expert=2,expert=4"), "--mesh expert=2,expert=4: expert is named twice"),
         (("generate", "-p", "x", "--rules", "zero"), "--rules zero: unknown, the presets are ep, tp"),
         (("generate", "-p", "x", "--dtype", "int8"), "argument --dtype: invalid choice: 'int8'"),
         (("generate", "-p", "x", "--layers", "0"), "--layers 0: this model has 1 to 3"),
@@ -264,6 +267,19 @@ def test_a_wrong_folder(kind, copy, capfd):
 def test_a_wrong_flag(argv, said, folder, capfd):
     mesh = () if "--mesh" in argv or argv[0] == "inspect" else ONE
     assert failed(2, said, tell(capfd, *argv, "-m", folder, *mesh))
+
+
+@pytest.mark.parametrize("errors", ["surrogateescape", "strict"])
+def test_input_that_is_no_text(folder, capfd, monkeypatch, errors):
+    def give(data):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors=errors))
+
+    give(b"\xff\xfe")
+    answer = tell(capfd, "generate", "-m", folder, "-p", "-", *ONE)
+    assert failed(2, "--prompt: what comes from stdin is not UTF-8", answer)
+    give(b"h\xff\n")
+    code, out, err = tell(capfd, "chat", "-m", folder, "--quiet", *ONE)
+    assert (code, out) == (0, "\n") and err == "glm-jax: --prompt: what comes from stdin is not UTF-8\n"
 
 
 def test_a_disk_that_cannot_be_read(folder, capfd, monkeypatch):
@@ -293,6 +309,13 @@ def test_a_model_that_does_not_fit(folder, capfd, monkeypatch):
     assert failed(28, "GiB (weights", tell(capfd, "generate", "-m", folder, "-p", "x", *ONE))
 
 
+def test_a_cache_that_does_not_fit(folder, capfd, monkeypatch):
+    monkeypatch.setattr("glm_jax.planner.device_bytes", lambda device: 2**10)
+    monkeypatch.setattr("glm_jax.loading.refuse_if_too_large", lambda *args: None)
+    answer = tell(capfd, "generate", "-m", folder, "-p", "x", "--max-tokens", 10**20, *ONE)
+    assert failed(28, "the cache for 1 x 512 tokens needs", answer) and "a smaller --max-tokens" in answer[2]
+
+
 def test_an_error_of_ours_is_one_line_too(folder, capfd, monkeypatch):
     def broken(*args, **options):
         raise RuntimeError("first line\nsecond line")
@@ -308,6 +331,10 @@ def test_debug_raises(copy):
 
 
 # ---- inspect
+
+
+def test_inspect_one_thing(folder, capfd):
+    assert failed(2, "inspect glm-4.6 and --model", tell(capfd, "inspect", "glm-4.6", "-m", folder))
 
 
 def test_inspect_a_folder(folder, capfd):

@@ -265,6 +265,9 @@ def test_near_the_end_of_the_context_there_are_fewer_tokens(single, writer, toke
         ([], "no prompts"),
         ([[1, 128]], "ids run from 1 to 128, the vocabulary from 0 to 127"),
         ([[-1]], "ids run from -1 to -1"),
+        (5, "give a list with a list of ids for each prompt"),
+        ([1, 2, 3], "prompt 0 is 1: give a list with a list of ids for each prompt"),
+        (["abc"], "prompt 0 is 'abc': give"),
     ],
 )
 @pytest.mark.parametrize("max_tokens", [0, 3])
@@ -295,13 +298,15 @@ def test_ids_that_cannot_be(single, ids, said):
         ({"temperature": -0.1}, "--temperature -0.1: must be 0 or more"),
         ({"temperature": float("nan")}, "--temperature nan"),
         ({"temperature": float("inf")}, "--temperature inf"),
+        ({"temperature": "warm"}, "--temperature 'warm': must be a number"),
+        ({"max_tokens": 2.5}, "--max-tokens 2.5: must be a whole number, 0 or more"),
         ({"top_k": -1}, "--top-k -1"),
         ({"top_p": 0.0}, "--top-p 0.0: must be above 0, up to 1"),
         ({"top_p": 1.1}, "--top-p 1.1"),
         ({"min_p": 1.0}, "--min-p 1.0: must be from 0, below 1"),
         ({"repetition_penalty": 0.0}, "--repetition-penalty 0.0: must be above 0"),
         ({"repetition_penalty": float("inf")}, "--repetition-penalty inf"),
-        ({"max_tokens": -1}, "--max-tokens -1: must be 0 or more"),
+        ({"max_tokens": -1}, "--max-tokens -1: must be a whole number, 0 or more"),
     ],
 )
 def test_options_out_of_range(single, options, said):

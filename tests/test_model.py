@@ -229,6 +229,10 @@ def test_loss_refuses():
     model = made("no experts")
     with pytest.raises(UsageError, match=r"with a next token to predict, its shape is \(3, 1\)"):
         loss(model, IDS[:, :1])
+    with pytest.raises(UsageError, match="ids run from 0 to 128, the vocabulary from 0 to 127"):
+        loss(model, [[0, 128]])
+    with pytest.raises(UsageError, match=r"mask must say of each of the ids \(3, 11\) .* its shape is \(3, 10\)"):
+        loss(model, IDS, IDS[:, 1:] > 0)
     with pytest.raises(UsageError, match="mtp_weight is 0.3, but this model has no MTP layer"):
         loss(model, IDS, mtp_weight=0.3)
     with pytest.raises(UsageError, match="this model has no MTP layer"):
