@@ -70,6 +70,8 @@ def stream_generate(
     model's context, or an option out of range."""
     if tokenizer is None:
         raise UsageError("this folder has no tokenizer: use generate_ids, which needs none")
+    if not hasattr(stop, "__iter__"):
+        raise UsageError(f"--stop {stop!r}: must be a text or a list of texts")
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(stop):
         raise UsageError("--stop: a stop string must not be empty")
@@ -131,6 +133,8 @@ def generate_ids(
     A row ends after a stop id, which is included (default: the model's; () switches them off), or after `max_tokens`.
     What a row gets depends on its prompt and its seed alone: rows of one prompt and one seed get the same answer, so
     give a list of seeds, one a row, to draw several."""
+    if stop_ids is not None and not hasattr(stop_ids, "__iter__"):
+        raise UsageError(f"stop_ids is {stop_ids!r}: must be a list of ids")
     stop = set(model.config.eos_token_id if stop_ids is None else stop_ids)
     _table(model, prompts)  # wrong prompts are errors also where no token is wanted
     rows: list[list[int]] = [[] for _ in prompts]

@@ -442,6 +442,7 @@ def test_debug_shows_the_trace(copy):
     assert code == 1 and out == "" and err.startswith("Traceback") and "truncated by 7" in err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_stream_cleanly(copy):
     endless = json.loads((copy / "config.json").read_text()) | {"eos_token_id": None, "max_position_embeddings": 10**5}
     (copy / "config.json").write_text(json.dumps(endless))

@@ -513,9 +513,13 @@ def test_stop_strings_do_not_depend_on_how_the_text_comes():
             assert (out, stops.found) == (want, bool(ends)), (text, stop, cuts)
 
 
-def test_an_empty_stop_string_is_refused(writer, tokenizer):
+def test_stops_that_cannot_be(writer, tokenizer):
     with pytest.raises(UsageError, match="--stop: a stop string must not be empty"):
         generate(writer, tokenizer, "x", stop=("a", ""))
+    with pytest.raises(UsageError, match="--stop 5: must be a text or a list of texts"):
+        generate(writer, tokenizer, "x", stop=5)
+    with pytest.raises(UsageError, match="stop_ids is 5: must be a list of ids"):
+        generate_ids(writer, [[1]], stop_ids=5)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])

@@ -99,7 +99,7 @@ def test_rules_change_where_weights_lie_and_not_what_they_are(folder, rules):
 
 
 @pytest.mark.parametrize("cut", [pytest.param("data=2,expert=2,tensor=2", marks=pytest.mark.slow), "tensor=4"])
-@pytest.mark.parametrize("whole", [hf.WHOLE, 0], ids=["whole", "by layer"])
+@pytest.mark.parametrize("whole", [hf.WHOLE, pytest.param(0, marks=pytest.mark.slow)], ids=["whole", "by layer"])
 def test_every_byte_is_read_once(cut, whole, folder, monkeypatch):
     seen, read = [], Tensor.read
     monkeypatch.setattr(hf, "WHOLE", whole)

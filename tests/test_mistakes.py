@@ -381,6 +381,7 @@ def test_renormalisation_clamped(monkeypatch):
     np.testing.assert_allclose(share(), 0.0016, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_order_of_the_chosen_experts():
     # equal scores at the border: which of them is taken is not fixed, that the others are taken is
     scores = np.array([[0.9, 0.5, 0.5, 0.8, 0.5, 0.1, 0.1, 0.1]])
@@ -438,6 +439,7 @@ def test_experts_are_summed_in_float32():
 # ----------------------------------------------------------------------------------------------- the widths of Air
 
 
+@pytest.mark.slow
 def test_odd_widths_in_the_kernel():
     """1408 is 11 * 128. A kernel in blocks of 512, as sglang-jax has, would leave out the last 384."""
     air, rng = preset("glm-4.5-air"), np.random.default_rng(0)
@@ -563,6 +565,7 @@ def test_mtp_recursion_feeds_the_normed_state(model, monkeypatch):
     assert far(bad[0], want) > 0.1
 
 
+@pytest.mark.slow
 def test_mtp_layer_has_its_own_experts(model, monkeypatch):
     # a main model of dense layers alone still has experts in its MTP layer
     build = lambda: GLM(tiny(first_k_dense_replace=4), seed=None)
