@@ -24,7 +24,7 @@ def is_few(rows: int, dtype) -> bool:
     return rows <= FEW and dtype == jnp.float32
 
 
-@jax.custom_vjp  # or the gradient of every slice would be an array as large as the matrix
+@jax.custom_vjp  # strip by strip, a gradient takes ten times as long to compile and more memory
 def few_rows(x: Float[Array, "M K"], w: Float[Array, "G N K"], i: "int | Int[Array, '']") -> Float[Array, "M N"]:
     """`x @ w[i].T` in float32. A plain matmul where K does not divide into strips."""
     (h, K), N, width = x.shape, w.shape[1], _width(x.shape[1])
