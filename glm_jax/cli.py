@@ -149,7 +149,7 @@ def inspect(args: argparse.Namespace) -> int:
     from glm_jax.loading import DEMO, fetch_weights, read_config, read_tensors
     from glm_jax.model import GLM
     from glm_jax.planner import default_mesh, first_layers
-    from glm_jax.sharding import mesh, rules
+    from glm_jax.sharding import abstract, mesh, rules
 
     if args.path and args.model:
         raise UsageError(f"inspect {args.path} and --model {args.model}: one of them")
@@ -167,7 +167,7 @@ def inspect(args: argparse.Namespace) -> int:
         if Path(name).expanduser().exists() or indexed is None:  # of a Hub's shards the index says enough
             fetch_weights(name, folder, indexed, **options)
             config, _ = read_tensors(folder, config, wanted)
-    made = _abstract_mesh(args.mesh) if args.mesh else mesh(default_mesh(config, rules(args.rules), jax.devices()))
+    made = abstract(args.mesh) if args.mesh else mesh(default_mesh(config, rules(args.rules), jax.devices()))
     found = describe(GLM(config, made, args.rules, seed=None))
     totals = {key: sum(getattr(w, key) for w in found) for key in ("parameters", "bytes", "device_bytes")}
     if args.json:
@@ -190,15 +190,6 @@ def inspect(args: argparse.Namespace) -> int:
     )
     Console(width=None if sys.stdout.isatty() else 140).print(table)
     return 0
-
-
-def _abstract_mesh(text: str):
-    """A mesh of any size, with no devices: a table needs none."""
-    from jax.sharding import AbstractMesh
-
-    from glm_jax.sharding import AXES, mesh_sizes
-
-    return AbstractMesh(tuple(mesh_sizes(text).values()), AXES)
 
 
 class _Parser(argparse.ArgumentParser):

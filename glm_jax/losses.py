@@ -9,7 +9,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Shaped
 
 from glm_jax.errors import UsageError
-from glm_jax.model import GLM, batch_shards, checked_ids, hand_out, in_mesh, with_all_gradients
+from glm_jax.model import GLM, ahead, batch_shards, checked_ids, hand_out, in_mesh, with_all_gradients
 
 
 def loss(model: GLM, ids, mask=None, mtp_weight: float = 0.0, remat: bool = True):
@@ -34,7 +34,8 @@ def loss(model: GLM, ids, mask=None, mtp_weight: float = 0.0, remat: bool = True
     if mask.shape != ids.shape:
         raise UsageError(f"mask must say of each of the ids {ids.shape} whether it counts, its shape is {mask.shape}")
     # Placed, so that outside jit the parts without a weight still know their devices.
-    ids, mask = jax.device_put((ids, mask), jax.NamedSharding(model.mesh, model.rules("batch", "seq")))
+    rules = model.rules_for(ids.shape[1])
+    ids, mask = jax.device_put((ids, mask), jax.NamedSharding(model.mesh, rules("batch", "seq")))
     graph, state = nnx.split(model)
     mean, metrics = _loss(graph, state, ids, mask, float(mtp_weight), remat)
     if isinstance(jnp.zeros(()), Tracer):  # staged, so inside jit and beside weights: as the weights are
@@ -45,11 +46,11 @@ def loss(model: GLM, ids, mask=None, mtp_weight: float = 0.0, remat: bool = True
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
 @in_mesh
 def _loss(model, ids, mask, mtp_weight, remat):
-    rules, c = model.rules, model.config
+    rules, c = model.rules_for(ids.shape[1]), model.config
     ids, mask = (jax.reshard(a, rules("batch", "seq")) for a in (ids, mask))
     collect = ("routing",) if c.moe_layers else ()
     hidden, _, found = model.trunk(ids, collect=collect, scan_experts=True, remat=remat)
-    mean, count = cross_entropy(model.logits(hidden)[:, :-1], ids[:, 1:], mask[:, 1:])
+    mean, count = cross_entropy(model.logits(hidden), ahead(ids, 1, rules), ahead(mask, 1, rules))
     metrics = {"loss": mean, "tokens": count}
     if collect:
         metrics["load"] = expert_load(found["routing"][0], c.n_routed_experts)
@@ -57,8 +58,9 @@ def _loss(model, ids, mask, mtp_weight, remat):
         return with_all_gradients(mean, nnx.state(model)), metrics
     hidden, routing = model.mtp_hidden(ids, hidden, scan_experts=True, remat=remat)
     # Its state i has seen token i+1 and predicts token i+2.
-    mtp, _ = cross_entropy(model.logits(hidden)[:, :-1], ids[:, 2:], mask[:, 2:])
-    metrics |= {"mtp_loss": mtp, "mtp_load": expert_load(routing[0], c.n_routed_experts)}
+    mtp, _ = cross_entropy(model.logits(hidden), ahead(ids, 2, rules), ahead(mask, 2, rules))
+    counted = jnp.where(jnp.arange(ids.shape[1])[:, None] < ids.shape[1] - 1, routing[0], -1)  # the last is no state
+    metrics |= {"mtp_loss": mtp, "mtp_load": expert_load(counted, c.n_routed_experts)}
     return with_all_gradients(mean + mtp_weight * mtp, nnx.state(model)), metrics
 
 

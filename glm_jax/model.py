@@ -10,6 +10,7 @@ tracing. Two islands are `shard_map`s, attention and routed experts; kernels are
 
 import dataclasses
 import functools
+import math
 import zlib
 from typing import Any
 
@@ -20,7 +21,7 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from glm_jax import kernels
+from glm_jax import dispatch, kernels
 from glm_jax.cache import Cache, write
 from glm_jax.config import Config
 from glm_jax.errors import UsageError
@@ -109,9 +110,17 @@ def rope(x: Float[Array, "B T N H"], angles: tuple[jax.Array, jax.Array]) -> Flo
 
 
 def attention(
-    q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], positions: Int[Array, "B T"]
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    positions: Int[Array, "B T"],
+    first: "int | Int[Array, '']" = 0,
+    over: tuple[str, ...] = (),
 ) -> Float[Array, "B T N H"]:
     """Causal attention of queries at `positions` over slots 0, 1, ...: query head n reads KV head n // (N / K).
+
+    Inside a shard_map, k and v may hold only the slots from `first` on, the others being on the devices along the mesh
+    axes `over`: each weighs its own, and the sum over them is what every one gets.
 
     A block of queries at a time, so that no [T, S] matrix of all queries is ever held, forward or backward."""
     (B, T, N, H), K = q.shape, k.shape[1]
@@ -124,10 +133,15 @@ def attention(
 
     def attend(q, positions):
         scores = jnp.einsum("bkih,bksh->bkis", q, k, preferred_element_type=jnp.float32) * H**-0.5
-        seen = jnp.arange(k.shape[2]) <= positions[:, None, None, :, None]
-        scores = jnp.where(seen, scores.reshape(B, K, N // K, t, -1), -jnp.inf)
-        weights = jax.nn.softmax(scores, -1).astype(v.dtype).reshape(B, K, -1, k.shape[2])
-        return jnp.einsum("bkis,bksh->bkih", weights, v)
+        seen = first + jnp.arange(k.shape[2]) <= positions[:, None, None, :, None]
+        scores = jnp.where(seen, scores.reshape(B, K, N // K, t, -1), -jnp.inf).reshape(B, K, -1, k.shape[2])
+        if not over:
+            return jnp.einsum("bkis,bksh->bkih", jax.nn.softmax(scores, -1).astype(v.dtype), v)
+        highest = jax.lax.pmax(scores.max(-1, keepdims=True), over)  # slot 0 is seen by every query, so it is finite
+        weights = jnp.exp(scores - highest)
+        y = jnp.einsum("bkis,bksh->bkih", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        y, total = jax.lax.psum((y, weights.sum(-1, keepdims=True)), over)
+        return (y / total).astype(v.dtype)
 
     if blocks == 1:
         y = attend(q[0], positions[0])[None]
@@ -187,14 +201,14 @@ class Attention(nnx.Module):
     def __init__(self, config: Config, weight, L: int):
         c = config
         D, N, K, H = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.q = weight((L, N, H, D), "heads", None, None)
-        self.k = weight((L, K, H, D), "heads", None, None)
-        self.v = weight((L, K, H, D), "heads", None, None)
-        self.o = weight((L, D, N, H), None, "heads", None)
+        self.q = weight((L, N, H, D), "heads", None, "width")
+        self.k = weight((L, K, H, D), "kv_heads", None, "width")
+        self.v = weight((L, K, H, D), "kv_heads", None, "width")
+        self.o = weight((L, D, N, H), "width", "heads", None)
         if c.attention_bias:
             self.q_bias = weight((L, N, H), "heads", None)
-            self.k_bias = weight((L, K, H), "heads", None)
-            self.v_bias = weight((L, K, H), "heads", None)
+            self.k_bias = weight((L, K, H), "kv_heads", None)
+            self.v_bias = weight((L, K, H), "kv_heads", None)
         if c.use_qk_norm:
             self.q_norm, self.k_norm = weight((L, H), None), weight((L, H), None)
 
@@ -207,32 +221,49 @@ class Attention(nnx.Module):
             q, k = rms_norm(q, self.q_norm[...], c.rms_norm_eps), rms_norm(k, self.k_norm[...], c.rms_norm_eps)
         q, k = rope(q, step.angles), rope(k, step.angles)
 
+        tokens, slots = mesh_axes([rules.seq]), mesh_axes([rules.slots])
+        whole = lambda a: functools.reduce(
+            lambda a, axis: jax.lax.all_gather(a, axis, axis=1, tiled=True), tokens[::-1], a
+        )
+
+        # Per device: some rows, some tokens of each, and the query heads and the KV heads that these read.
+        @jax.shard_map(out_specs=rules("batch", "seq", "heads", None))
+        def attend(q, k, v, places):
+            k, v = (whole(step.own_kv_heads(a)).swapaxes(1, 2) for a in (k, v))  # [B, K, T, H]
+            return attention(q, k, v, places) if tokens else self_attention(q, k, v)
+
+        cache_spec = rules(None, "batch", "heads", "slots", None)
+
+        @jax.shard_map(out_specs=(rules("batch", "seq", "heads", None), cache_spec, cache_spec))
+        def write_and_attend(q, k, v, positions, start, ck, cv, layer):
+            k, v = (whole(step.own_kv_heads(a)) for a in (k, v))
+            first = jax.lax.axis_index(slots) * ck.shape[3] if slots else 0
+            ck, cv = write(ck, k, layer, start - first), write(cv, v, layer, start - first)
+            if step.fresh:  # there are no earlier keys, and the cache may be much longer than these
+                k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+                return (attention(q, k, v, positions) if tokens else self_attention(q, k, v)), ck, cv
+            # Each device asks its slots for the tokens of all the others along them.
+            shared = tuple(a for a in tokens if a in slots)
+            for axis in reversed(shared):
+                q, positions = (jax.lax.all_gather(a, axis, axis=1, tiled=True) for a in (q, positions))
+            y = attention(q, ck[layer], cv[layer], positions, first, slots)
+            for axis in shared:
+                T = y.shape[1] // jax.lax.axis_size(axis)
+                y = jax.lax.dynamic_slice_in_dim(y, jax.lax.axis_index(axis) * T, T, 1)
+            return y, ck, cv
+
         if cache is None:
-
-            @jax.shard_map(out_specs=rules("batch", "seq", "heads", None))
-            def attend(q, k, v):
-                return self_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
-
-            y = attend(q, k, v)
+            y = attend(q, k, v, step.places)
         else:
-            spec = rules(None, "batch", "heads", "seq", None)
-
-            @jax.shard_map(out_specs=(rules("batch", "seq", "heads", None), spec, spec))
-            def write_and_attend(q, k, v, positions, ck, cv, layer):
-                ck, cv = write(ck, k, layer, positions[:, 0]), write(cv, v, layer, positions[:, 0])
-                if step.fresh:  # there are no earlier keys, and the cache may be much longer than these
-                    return self_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2)), ck, cv
-                return attention(q, ck[layer], cv[layer], positions), ck, cv
-
-            y, ck, cv = write_and_attend(q, k, v, step.positions, cache.k, cache.v, layer)
+            y, ck, cv = write_and_attend(q, k, v, step.positions, step.start, cache.k, cache.v, layer)
             cache = Cache(ck, cv, cache.length)
         return linear(y, self.o[...], rules("batch", "seq", None)), cache
 
 
 class MLP(nnx.Module):
     def __init__(self, config: Config, weight, L: int, F: int):
-        self.gate_up = weight((L, 2, F, config.hidden_size), None, "ffn", None)
-        self.down = weight((L, config.hidden_size, F), None, "ffn")
+        self.gate_up = weight((L, 2, F, config.hidden_size), None, "ffn", "width")
+        self.down = weight((L, config.hidden_size, F), "width", "ffn")
 
     def __call__(self, x, step: "Step"):  # x [B, T, D]
         gate, up = (linear(x, self.gate_up[...][c]) for c in (0, 1))
@@ -243,34 +274,39 @@ class MLP(nnx.Module):
 class MoE(nnx.Module):
     def __init__(self, config: Config, weight, L: int):
         D, E, F = config.hidden_size, config.n_routed_experts, config.moe_intermediate_size
-        self.router = weight((L, E, D), None, None)
+        self.router = weight((L, E, D), None, "width")
         self.bias = weight((L, E), None, dtype=FLOAT32)  # e_score_correction_bias; in bfloat16 it picks other experts
-        self.gate_up = weight((L, E, 2, F, D), "experts", None, "ffn", None)
-        self.down = weight((L, E, D, F), "experts", None, "ffn")
+        self.gate_up = weight((L, E, 2, F, D), "experts", None, "expert_ffn", "width")
+        self.down = weight((L, E, D, F), "experts", "width", "expert_ffn")
         self.shared = MLP(config, weight, L, F * config.n_shared_experts)
 
     def __call__(self, x, step: "Step", layer):  # x [B, T, D] -> the same, and ids [B, T, k], share [B, T, k]
         c, rules = step.config, step.rules
         tokens_spec = rules("batch", "seq", None)
-        own = tuple(a for a in mesh_axes([rules.experts]) if a in mesh_axes([rules.batch]))
-        summed = tuple(a for a in mesh_axes([rules.experts, rules.ffn]) if a not in own)
+        experts = mesh_axes([rules.experts])
+        own = tuple(a for a in experts if a in mesh_axes([rules.batch, rules.seq]))  # along which tokens differ
+        summed = tuple(a for a in (*experts, *mesh_axes([rules.expert_ffn])) if a not in own)
         gate_up, down = self.gate_up[...], self.down[...]
         if gate_up.ndim == 4:  # this layer's own experts, a slice that the scan made: a stack of one
             gate_up, down, layer = gate_up[None], down[None], jnp.zeros_like(layer)
 
-        # Per device: its own tokens choose, the tokens of its expert group come together, its own experts work on them,
-        # and each device gets the sum for its own tokens back.
+        # Per device: its own tokens choose, they come to the devices of their experts, these work on them, and each
+        # device gets the sum for its own tokens back.
         @jax.shard_map(out_specs=(tokens_spec,) * 3)
         def routed(x, real, router, bias, gate_up, down, layer):
             tokens = x.reshape(-1, x.shape[-1])
             ids, share = chosen = route(tokens, router, bias, c)
             ids = jnp.where(real.reshape(-1, 1), ids, c.n_routed_experts)  # padding is no expert's work
-            for axis in reversed(own):
-                tokens, ids, share = (jax.lax.all_gather(a, axis, tiled=True) for a in (tokens, ids, share))
-            first = jax.lax.axis_index(rules.experts) * down.shape[1] if rules.experts else 0
-            y = kernels.routed_experts(tokens, ids - first, share, gate_up, down, layer)
-            for axis in own:  # before the sum below, which then moves this device's own tokens only
-                y = jax.lax.psum_scatter(y, axis, tiled=True)
+            first = jax.lax.axis_index(experts) * down.shape[1] if experts else 0
+            work = lambda tokens, ids, share: kernels.routed_experts(tokens, ids - first, share, gate_up, down, layer)
+            if not own or jax.lax.axis_size(own) <= dispatch.GATHERED:
+                y = dispatch.gathered(tokens, ids, share, work, own)
+            else:
+                sizes = [jax.lax.axis_size(a) for a in experts]
+                at = dict(zip(experts, jnp.unravel_index(ids // down.shape[1], sizes), strict=True))
+                peer = jnp.ravel_multi_index([at[a] for a in own], [jax.lax.axis_size(a) for a in own], mode="wrap")
+                peer = jnp.where(ids < c.n_routed_experts, peer, c.n_routed_experts)
+                y = dispatch.sent(tokens, ids, share, work, own, peer)
             y = jax.lax.psum(y, summed)
             return y.reshape(x.shape).astype(x.dtype), *(a.reshape(*x.shape[:2], -1) for a in chosen)
 
@@ -304,16 +340,33 @@ class MTP(nnx.Module):
     def __init__(self, config: Config, weight):
         D = config.hidden_size
         self.enorm, self.hnorm, self.norm = weight((D,)), weight((D,)), weight((D,))
-        self.eh_proj = weight((D, 2 * D), stacked=False)
+        self.eh_proj = weight((D, 2 * D), "width", None, stacked=False)
         self.layer = Layer(config, weight, 1, moe=True)  # always with experts, whatever first_k_dense_replace says
 
 
 class Step:
     """What every layer of one forward pass shares. Lives only while tracing."""
 
-    def __init__(self, config: Config, rules: Rules, positions, real, fresh=False):  # [B, T] both; real: not padding
-        self.config, self.rules, self.positions, self.real, self.fresh = config, rules, positions, real, fresh
-        self.angles = rope_angles(positions, config)
+    def __init__(self, model: "GLM", rules: Rules, start, real, fresh=False):
+        """start [B]: the position of each row's first token; real [B, T]: which are tokens and not padding."""
+        self.config, self.rules, self.fresh = model.config, rules, fresh
+        self.start, self.real = jax.reshard(start, rules("batch")), jax.reshard(real, rules("batch", "seq"))
+        places = jnp.broadcast_to(jnp.arange(real.shape[1], dtype=jnp.int32), real.shape)
+        self.places = jax.reshard(places, rules("batch", "seq"))  # [B, T], where among the new tokens
+        self.positions = self.start[:, None] + self.places  # and where among all
+        self.angles = rope_angles(self.positions, model.config)
+        self.kv = model.kv_axes, cached_heads(model.config, model.mesh, rules)
+
+    def own_kv_heads(self, a):
+        """Inside a shard_map: of keys or values [B, T, K, H] the heads that this device's query heads read. Where there
+        are fewer KV heads than devices, several devices have the same."""
+        (kv_axes, cached), heads, K = self.kv, mesh_axes([self.rules.heads]), self.config.num_key_value_heads
+        if cached == K:
+            return a
+        each = cached // jax.lax.axis_size(heads)
+        mine = (jax.lax.axis_index(heads) * each + jnp.arange(each)) * K // cached  # their numbers, of all KV heads
+        first = jax.lax.axis_index(kv_axes) * a.shape[2] if kv_axes else 0
+        return a.at[:, :, mine - first].get(mode="promise_in_bounds")
 
 
 class GLM(nnx.Module):
@@ -326,13 +379,14 @@ class GLM(nnx.Module):
         self.config, self.rules = config, make_rules(rules)
         self.mesh: Any = make_mesh(mesh or "")  # a Mesh; an AbstractMesh while planning
         check_mesh(config, self.mesh, self.rules)
+        self.kv_axes = kv_axes(config, self.mesh, self.rules)
         self.token_limit = config.vocab_size  # ids from here on are padding and never sampled: the loader knows
         D, weight = config.hidden_size, functools.partial(_weight, self)
-        self.embed = weight((config.vocab_size, D), "vocab", None, stacked=False)
+        self.embed = weight((config.vocab_size, D), "vocab", "width", stacked=False)
         self.dense = Layer(config, weight, config.dense_layers, moe=False) if config.dense_layers else None
         self.moe = Layer(config, weight, config.moe_layers, moe=True) if config.moe_layers else None
         self.norm = weight((D,))
-        self.head = None if config.tie_word_embeddings else weight((config.vocab_size, D), "vocab", None, stacked=False)
+        self.head = None if config.tie_word_embeddings else weight(self.embed.shape, "vocab", "width", stacked=False)
         self.mtp = MTP(config, weight) if config.num_nextn_predict_layers else None
         if seed is not None:
             fill(self, functools.partial(_noise, seed))
@@ -347,6 +401,7 @@ class GLM(nnx.Module):
             ids = checked_ids(ids, self.config.vocab_size)
         B, T = ids.shape
         rows, width = round_up(B, batch_shards(self)), bucket(T)
+        rules = self.rules_for(width)
         if cache is not None:
             if cache.length.shape[0] != B:
                 raise UsageError(f"ids has {B} rows, the cache {cache.length.shape[0]}")
@@ -356,13 +411,13 @@ class GLM(nnx.Module):
                 _check_room(int(np.max(cache.length)), T, cache.size)
         ids = (jnp if isinstance(ids, Tracer) else np).pad(ids, ((0, rows - B), (0, width - T)))
         # Placed, so that no part of the computation is left without an array that says which devices it runs on.
-        ids = jax.device_put(ids, jax.NamedSharding(self.mesh, self.rules("batch", "seq")))
+        ids = jax.device_put(ids, jax.NamedSharding(self.mesh, rules("batch", "seq")))
         graph, state = nnx.split(self)
         advance = np.where(np.arange(rows) < B, T, 0).astype(np.int32)
         logits, cache = _call(graph, state, ids, cache, advance, is_traced(self))
-        logits = hand_out(self, logits, "batch", "seq", "vocab")
-        if rows != B and not jax.sharding.get_abstract_mesh().empty:
-            logits = jax.reshard(logits, self.rules(None, "seq", "vocab"))
+        logits = hand_out(self, logits, rules("batch", "seq", "vocab"))
+        if (rows, width) != (B, T) and not jax.sharding.get_abstract_mesh().empty:  # a cut dimension takes no slice
+            logits = jax.reshard(logits, rules("batch" if rows == B else None, "seq" if width == T else None, "vocab"))
         return (logits if (rows, width) == (B, T) else logits[:B, :T]), cache
 
     def cache(self, batch: int, size: int) -> Cache:
@@ -370,7 +425,10 @@ class GLM(nnx.Module):
         parts = batch_shards(self)
         if batch % parts:
             raise UsageError(f"a cache of {batch} rows cannot be cut into {parts} parts: take {round_up(batch, parts)}")
-        return Cache.empty(self.config, self.rules, self.mesh, batch, size)
+        slots = round_up(size, axes_size(self.mesh, self.rules.slots))
+        return Cache.empty(
+            self.config, self.rules, self.mesh, batch, slots, cached_heads(self.config, self.mesh, self.rules)
+        )
 
     def mtp_logits(self, ids):
         """ids [B, T] -> the MTP layer's logits [B, T-1, V]: at i those of token i+2, from the model's state of token i
@@ -383,7 +441,14 @@ class GLM(nnx.Module):
             raise UsageError("the MTP layer reads a token and the next: ids must have at least 2 tokens a row")
         ids = np.pad(ids, ((0, rows - B), (0, bucket(T) - T)))
         graph, state = nnx.split(self)
-        return hand_out(self, _mtp_logits(graph, state, ids), "batch", "seq", "vocab")[:B, : T - 1]
+        spec = self.rules_for(ids.shape[1])("batch", "seq", "vocab")
+        return hand_out(self, _mtp_logits(graph, state, ids), spec)[:B, : T - 1]
+
+    def rules_for(self, tokens: int) -> Rules:
+        """The rules for so many tokens a row: a sequence is cut where its axes divide it, and else every device along
+        them has all of it, as in decoding."""
+        parts = axes_size(self.mesh, self.rules.seq)
+        return self.rules if tokens % parts == 0 else dataclasses.replace(self.rules, seq=None)
 
     # The functions below are called while tracing, under the model's mesh: see `in_mesh`.
 
@@ -391,14 +456,12 @@ class GLM(nnx.Module):
         """ids [B, T], of which row b has `advance[b]` and the rest is padding (None: all are tokens) -> states
         [B, T, D] after the final norm, the cache with that many tokens more, and what `collect` names: "hidden"
         [L, B, T, D] (each layer's output), "routing" (ids, share) [L, B, T, k]. `fresh`: the cache is empty."""
-        rules, c = self.rules, self.config
+        rules, c = self.rules_for(ids.shape[1]), self.config
         ids = jax.reshard(ids, rules("batch", "seq"))
         start = jnp.zeros(ids.shape[0], jnp.int32) if cache is None else cache.length
-        start = jax.reshard(start, rules("batch"))
-        positions = start[:, None] + jnp.arange(ids.shape[1], dtype=jnp.int32)
         real = jnp.ones(ids.shape, bool) if advance is None else jnp.arange(ids.shape[1]) < advance[:, None]
-        step = Step(c, rules, *(jax.reshard(a, rules("batch", "seq")) for a in (positions, real)), fresh)
-        x = self.embed[...].at[ids].get(out_sharding=rules("batch", "seq", None))
+        step = Step(self, rules, start, real, fresh)
+        x = self.embedded(ids, rules)
         found: dict[str, list[Any]] = {name: [] for name in collect}
         for stack, first in ((self.dense, 0), (self.moe, c.dense_layers)):
             if stack is None:
@@ -409,30 +472,51 @@ class GLM(nnx.Module):
                     found[name].append(output)
         x = rms_norm(x, self.norm[...], c.rms_norm_eps)
         if cache is not None:
-            cache = Cache(cache.k, cache.v, start + jax.reshard(advance, rules("batch")))
+            cache = Cache(cache.k, cache.v, step.start + jax.reshard(advance, rules("batch")))
         merge = lambda *parts: jnp.concatenate(parts)
         return x, cache, {name: jax.tree.map(merge, *parts) for name, parts in found.items() if parts}
 
+    def embedded(self, ids, rules: Rules):
+        """ids [B, T] -> their embeddings [B, T, D]."""
+        return together("embed", self.embed[...], self.rules).at[ids].get(out_sharding=rules("batch", "seq", None))
+
     def logits(self, hidden):
         """States after the final norm [..., D] -> logits [..., V]."""
-        head = (self.embed if self.head is None else self.head)[...]
+        head = together("embed", (self.embed if self.head is None else self.head)[...], self.rules)
         return linear(hidden, Matrix(head[None], 0) if reads_in_place(hidden) else head)
 
     def mtp_hidden(self, ids, hidden, scan_experts=False, remat=False):
-        """`mtp_logits` before the head, from the states [B, T, D] after the final norm: the states [B, T-1, D] after
-        the MTP layer's own norm, and its routing."""
+        """`mtp_logits` before the head, from the states [B, T, D] after the final norm: the states [B, T, D] after the
+        MTP layer's own norm, and its routing. There is no next token for the last state: what comes of it means
+        nothing, and is seen by no other."""
         assert self.mtp is not None
-        m, c, rules = self.mtp, self.config, self.rules
-        ids, spec = jax.reshard(ids, rules("batch", "seq")), rules("batch", "seq", None)
-        embedded = self.embed[...].at[ids[:, 1:]].get(out_sharding=spec)
-        e = rms_norm(embedded, m.enorm[...], c.rms_norm_eps)
-        h = rms_norm(jax.reshard(hidden, spec)[:, :-1], m.hnorm[...], c.rms_norm_eps)
-        x = linear(jnp.concatenate([e, h], -1), m.eh_proj[...])  # the embedding first
-        positions = jnp.broadcast_to(1 + jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-        real = jnp.ones(positions.shape, bool)
-        step = Step(c, rules, *(jax.reshard(a, rules("batch", "seq")) for a in (positions, real)))
+        m, c, rules = self.mtp, self.config, self.rules_for(ids.shape[1])
+        e = rms_norm(self.embedded(ahead(ids, 1, rules), rules), m.enorm[...], c.rms_norm_eps)
+        h = rms_norm(jax.reshard(hidden, rules("batch", "seq", None)), m.hnorm[...], c.rms_norm_eps)
+        x = linear(jnp.concatenate([e, h], -1), together("eh_proj", m.eh_proj[...], self.rules))  # the embedding first
+        real = jnp.broadcast_to(jnp.arange(ids.shape[1]) < ids.shape[1] - 1, ids.shape)
+        step = Step(self, rules, jnp.ones(ids.shape[0], jnp.int32), real)
         x, _, outputs = scan_layers(m.layer, x, step, None, 0, ("routing",), scan_experts, remat)
         return rms_norm(x, m.norm[...], c.rms_norm_eps), outputs["routing"]
+
+
+def ahead(a, n: int, rules: Rules):
+    """Of a table [B, T] what stands n places further on, and zeros at the end."""
+    a = jax.reshard(a, rules("batch", None))  # a cut dimension takes no slice
+    return jax.reshard(jnp.concatenate([a[:, n:], jnp.zeros_like(a[:, :n])], 1), rules("batch", "seq"))
+
+
+# Which dimension of a weight is the model's width, from the end; norms are small and never cut.
+WIDTH = {"q": -1, "k": -1, "v": -1, "o": -3, "gate_up": -1, "down": -2, "router": -1, "embed": -1, "eh_proj": -2}
+
+
+def together(name: str, weight, rules: Rules):
+    """A weight that `rules.width` may have cut, with its width whole."""
+    if rules.width is None or name not in WIDTH:
+        return weight
+    spec = [*jax.typeof(weight).sharding.spec, *(None,) * (weight.ndim - len(jax.typeof(weight).sharding.spec))]
+    spec[WIDTH[name]] = None
+    return jax.reshard(weight, jax.P(*spec))
 
 
 def scan_layers(stack: Layer, x, step: Step, cache, first: int, collect, scan_experts: bool, remat: bool):
@@ -441,6 +525,7 @@ def scan_layers(stack: Layer, x, step: Step, cache, first: int, collect, scan_ex
     With `scan_experts` each step gets a slice of the expert stack: a copy, but its gradient is then a slice too.
     Without, the whole stack is closed over and the kernel gets the layer's index; so it is with the other matrices
     where they are read in place."""
+    scan_experts = scan_experts or step.rules.width is not None  # a layer that has to be brought together is a copy
     is_expert = lambda path, _: not scan_experts and path[-1] in ("gate_up", "down") and path[:-1] == ("mlp",)
     is_expert = is_expert if isinstance(stack.mlp, MoE) else lambda path, _: False
     in_place = reads_in_place(x) and not scan_experts
@@ -451,6 +536,8 @@ def scan_layers(stack: Layer, x, step: Step, cache, first: int, collect, scan_ex
         weights, i = item
         x, cache = carry
         here = jax.tree.map(lambda stack: Matrix(stack, i), matrices)
+        last_name = lambda path: weight_path(path).rsplit(".", 1)[-1]
+        weights = jax.tree_util.tree_map_with_path(lambda path, w: together(last_name(path), w, step.rules), weights)
         x, cache, routing = nnx.merge(graph, experts, here, weights)(x, step, cache, first + i, i)
         return (x, cache), {name: {"hidden": x, "routing": routing}[name] for name in collect}
 
@@ -501,12 +588,12 @@ def _mtp_logits(model, ids):
     return model.logits(model.mtp_hidden(ids, hidden)[0])
 
 
-def hand_out(model: GLM, tree, *axes):
+def hand_out(model: GLM, tree, spec: jax.P = jax.P()):
     """Results for the caller's own code: the same bytes under a mesh whose axes do not ask to spell every sharding, or
     as they are where the caller has set a mesh."""
     if not jax.sharding.get_abstract_mesh().empty:
         return tree
-    return jax.device_put(tree, jax.NamedSharding(auto(model.mesh), model.rules(*axes)))
+    return jax.device_put(tree, jax.NamedSharding(auto(model.mesh), spec))
 
 
 def bucket(n: int, least: int = 16) -> int:
@@ -522,34 +609,83 @@ def round_up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
+def axes_size(mesh, *axes) -> int:
+    """Into how many parts these mesh axes cut."""
+    return math.prod(mesh.shape[a] for a in mesh_axes(axes))
+
+
 def batch_shards(model: GLM) -> int:
     """Into how many parts the batch is cut; batches are padded to a multiple of it."""
-    return int(np.prod([model.mesh.shape[a] for a in mesh_axes([model.rules.batch])], dtype=int))
+    return axes_size(model.mesh, model.rules.batch)
+
+
+def kv_axes(config: Config, mesh, rules: Rules) -> tuple[str, ...]:
+    """The mesh axes that KV heads are cut over: of those of the heads as many, from the outermost, as divide them. Along
+    the rest the devices have the same KV heads, and each takes those that its query heads read."""
+    axes = mesh_axes([rules.heads])
+    cuts = (axes[:n] for n in range(len(axes), -1, -1))
+    return next(a for a in cuts if config.num_key_value_heads % axes_size(mesh, a) == 0)
+
+
+def cached_heads(config: Config, mesh, rules: Rules) -> int:
+    """The KV heads of a cache: as many as there are, or, where the devices of the heads do not divide those, repeated
+    until they do."""
+    return math.lcm(config.num_key_value_heads, axes_size(mesh, rules.heads))
+
+
+# What must not have one mesh axis on two dimensions.
+_TOGETHER = {
+    "the states and their heads": ("batch", "seq", "heads"),
+    "the hidden units of an MLP": ("batch", "seq", "ffn"),
+    "the logits": ("batch", "seq", "vocab"),
+    "the cache": ("batch", "heads", "slots"),
+    "the experts' weights": ("experts", "expert_ffn"),
+    "tokens and an expert's hidden units": ("batch", "seq", "expert_ffn"),
+}
+# Which dimensions an axis of the rules cuts.
+DIMENSIONS = {
+    "heads": ("num_attention_heads",),
+    "experts": ("n_routed_experts",),
+    "expert_ffn": ("moe_intermediate_size",),
+    "ffn": ("intermediate_size", "moe_intermediate_size"),  # of dense layers and of the shared expert
+    "vocab": ("vocab_size",),
+    "width": ("hidden_size",),
+}
 
 
 def check_mesh(config: Config, mesh, rules: Rules) -> None:
-    """Raises UsageError naming every dimension that its mesh axes do not divide, with its size and theirs."""
-    c, problems = config, []
-    if rules.seq is not None:
-        raise UsageError(f"the rule seq={rules.seq!r}: sequences cannot be sharded yet, leave it None")
+    """Raises UsageError for rules that cannot be, naming what they cut twice, and for every dimension that its mesh axes
+    do not divide, with its size and theirs."""
+    problems = []
     for field in dataclasses.fields(rules):
         if unknown := [a for a in mesh_axes([getattr(rules, field.name)]) if a not in mesh.shape]:
             raise UsageError(f"the rule {field.name} names {unknown[0]!r}, the mesh has {', '.join(mesh.shape)}")
-    for axis, dims in {
-        "heads": ("num_attention_heads", "num_key_value_heads"),
-        "experts": ("n_routed_experts",),
-        "ffn": ("intermediate_size", "moe_intermediate_size"),
-        "vocab": ("vocab_size",),
-    }.items():
-        axes = mesh_axes([getattr(rules, axis)])
-        size = int(np.prod([mesh.shape[a] for a in axes], dtype=int))
-        for name in dims:
-            if getattr(c, name) % size:
-                fits = [str(n) for n in range(1, size + 1) if all(getattr(c, d) % n == 0 for d in dims)]
-                what = f"{name} {getattr(c, name)} over {'*'.join(axes)}={size} (sizes that divide: {', '.join(fits)})"
-                problems.append(what)
+    for what, names in _TOGETHER.items():
+        used = [(axis, name) for name in names for axis in mesh_axes([getattr(rules, name)])]
+        for i, (axis, name) in enumerate(used):
+            for other in (n for a, n in used[:i] if a == axis):
+                raise UsageError(
+                    f"the rules cut {what} over {axis!r} ({axis}={mesh.shape[axis]}) twice: {other}="
+                    f"{getattr(rules, other)!r} and {name}={getattr(rules, name)!r}; change one of them"
+                )
+    for axis, size, name in undivided(config, mesh, rules):
+        value, axes = getattr(config, name), "*".join(mesh_axes([getattr(rules, axis)]))
+        fits = [str(n) for n in range(1, size + 1) if value % n == 0]
+        problems.append(f"{name} {value} over {axes}={size} (sizes that divide: {', '.join(fits)})")
     if problems:
         raise UsageError(f"--mesh {describe(mesh)} does not divide " + "; ".join(problems))
+
+
+def undivided(config: Config, mesh, rules: Rules):
+    """(logical axis, into how many parts, the config's field) of every dimension that its mesh axes do not divide."""
+    for axis, names in DIMENSIONS.items():
+        size = axes_size(mesh, getattr(rules, axis))
+        for name in names:
+            fine = getattr(config, name) % size == 0
+            if name == "num_attention_heads":  # and each device's queries must fall to whole KV heads of its cache
+                fine = fine and config.num_attention_heads % cached_heads(config, mesh, rules) == 0
+            if not fine and not (name == "intermediate_size" and not config.dense_layers):
+                yield axis, size, name
 
 
 def _weight(model: GLM, shape, *axes, dtype=None, stacked=True):
@@ -558,7 +694,10 @@ def _weight(model: GLM, shape, *axes, dtype=None, stacked=True):
         axes = (None,) * (len(shape) - len(axes)) + axes
     else:
         axes = (None,) * len(shape)
-    sharding = jax.NamedSharding(model.mesh, model.rules(*axes))
+    spec = list(model.rules(*("heads" if a == "kv_heads" else a for a in axes)))
+    if "kv_heads" in axes:
+        spec[axes.index("kv_heads")] = kv_axes(model.config, model.mesh, model.rules) or None
+    sharding = jax.NamedSharding(model.mesh, jax.P(*spec))
     return nnx.Param(jax.ShapeDtypeStruct(shape, dtype or model.config.dtype, sharding=sharding))
 
 

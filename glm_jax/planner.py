@@ -5,13 +5,12 @@ import math
 import os
 
 import jax
-from jax.sharding import AbstractMesh, AxisType
 
 from glm_jax.cache import cache_bytes
 from glm_jax.config import Config
 from glm_jax.errors import NoSpace, UsageError
-from glm_jax.model import GLM, PREFILL_CHUNK, SCORES, batch_shards, check_mesh, round_up
-from glm_jax.sharding import AXES, Rules, describe, mesh_axes
+from glm_jax.model import GLM, PREFILL_CHUNK, SCORES, axes_size, batch_shards, cached_heads, check_mesh, round_up
+from glm_jax.sharding import Rules, abstract, describe, mesh_axes
 
 GIB = 2**30
 
@@ -41,12 +40,12 @@ def needs(config: Config, mesh, rules: Rules, batch: int = 1, context: int = 409
     weights = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
     rows = round_up(batch, batch_shards(model)) // batch_shards(model)
     size = lambda axis: math.prod(mesh.shape[a] for a in mesh_axes([getattr(rules, axis)]))
-    cache = cache_bytes(config, rows, context) // size("heads")
+    cache = cache_bytes(config, rows, context, cached_heads(config, mesh, rules)) // (size("heads") * size("slots"))
     # A chunk of prefill. The tokens of an expert group come together, and any device may have to work on all of them.
     tokens = rows * min(context, PREFILL_CHUNK)
     own = [a for a in mesh_axes([rules.experts]) if a in mesh_axes([rules.batch])]
     slots = tokens * math.prod(mesh.shape[a] for a in own) * config.num_experts_per_tok
-    narrow, wide = config.hidden_size, config.moe_intermediate_size // size("ffn")
+    narrow, wide = config.hidden_size, config.moe_intermediate_size // size("expert_ffn")
     working = slots * (narrow * (2 * config.dtype.itemsize + 4) + 3 * wide * config.dtype.itemsize)
     working += 2 * 4 * min(SCORES, tokens * config.num_attention_heads * context) + rows * config.vocab_size * 8
     return Needs(weights, cache, working)
@@ -66,8 +65,9 @@ def device_bytes(device) -> int:
 
 def refuse_if_no_room(model: GLM, batch: int, context: int) -> None:
     """Raises NoSpace if a cache of `context` tokens for `batch` rows is more than what its devices have left."""
-    parts = math.prod(model.mesh.shape[a] for a in mesh_axes([model.rules.batch, model.rules.heads]))
-    need, device = cache_bytes(model.config, batch, context) // parts, model.mesh.devices.flat[0]
+    rules, heads = model.rules, cached_heads(model.config, model.mesh, model.rules)
+    parts = axes_size(model.mesh, rules.batch, rules.heads, rules.slots)
+    need, device = cache_bytes(model.config, batch, context, heads) // parts, model.mesh.local_devices[0]
     free = device_bytes(device) - (device.memory_stats() or {}).get("bytes_in_use", 0)
     if need > free:
         raise NoSpace(
@@ -93,7 +93,7 @@ def default_mesh(config: Config, rules: Rules, devices: list) -> str:
 def _meshes(config: Config, rules: Rules, devices: int):
     """Every expert x tensor mesh of this many devices that divides the model, most expert-parallel first."""
     for tensor in (n for n in range(1, devices + 1) if devices % n == 0):
-        mesh = AbstractMesh((1, devices // tensor, tensor), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+        mesh = abstract(f"expert={devices // tensor},tensor={tensor}")
         try:
             check_mesh(config, mesh, rules)
         except UsageError:

@@ -16,19 +16,28 @@ class Rules:
 
     A field is the name of a mesh axis, a tuple of names (the first is the outermost), or None for not sharded."""
 
+    # Activations and cache.
     batch: Axis = ("data", "expert")  # attention runs data-parallel over `expert` too, or every group repeats it
-    seq: Axis = None
+    seq: Axis = None  # the tokens of a sequence, where there are enough of them to cut
+    slots: Axis = None  # the cache's slots for tokens
+    # Weights, and the activations that they make.
     heads: Axis = "tensor"  # query and key/value heads alike: a query head must sit with the KV head it reads
     experts: Axis = "expert"
-    ffn: Axis = "tensor"  # the inner width of every MLP and expert
+    expert_ffn: Axis = "tensor"  # the inner width of a routed expert
+    ffn: Axis = "tensor"  # the inner width of a dense layer and of the shared expert
     vocab: Axis = "tensor"
+    # The model's width in weights only, which are brought together again layer by layer where they are used. Of these
+    # axes a weight is cut over those that cut nothing else of it.
+    width: Axis = None
 
     def __call__(self, *names: str | None) -> P:
         """`rules("batch", "seq", None)` is `P(("data", "expert"), None, None)`."""
-        spec = [None if name is None else getattr(self, name) for name in names]
+        spec: list[Axis] = [None if name in (None, "width") else getattr(self, str(name)) for name in names]
         used = mesh_axes(spec)
         if len(set(used)) != len(used):
             raise UsageError(f"these rules put one mesh axis on two dimensions of {names}: {spec}")
+        if "width" in names:
+            spec[names.index("width")] = tuple(a for a in mesh_axes([self.width]) if a not in used) or None
         return P(*spec)
 
 
@@ -38,10 +47,21 @@ def mesh_axes(spec: Iterable[Axis]) -> tuple[str, ...]:
 
 
 PRESETS = {
-    # Throughput: each device holds some experts whole and its share of the batch; heads over `tensor`.
+    # Throughput. Each device holds some experts whole and its share of the batch; heads over `tensor`. Weights other
+    # than the experts' are the same on every `expert`: the price of attending to different rows there.
     "ep": Rules(),
-    # Tensor parallelism only: every matrix is cut, `expert` cuts nothing. For dense comparisons and small meshes.
+    # Latency, a batch of 1. There are no rows to spread over `expert`, so everything that a token passes is cut over
+    # all devices: no weight is replicated, and each device reads its share of every matrix.
+    "latency": Rules(batch="data", heads=("expert", "tensor"), ffn=("expert", "tensor"), vocab=("expert", "tensor")),
+    # Tensor parallelism only: every matrix is cut over `tensor`, `expert` cuts nothing. For comparisons, and for a few
+    # devices close together.
     "tp": Rules(batch="data", experts=None),
+    # Training. As "ep", and weights, gradients and optimizer state are cut over `data` as well, and over `expert` where
+    # that cuts nothing else: nothing is replicated, and a layer's weights come together while it runs.
+    "fsdp": Rules(width=("data", "expert")),
+    # Long prompts. The tokens of a sequence and the cache's slots over `context`, and experts over it too, or every
+    # part of a sequence would hold them all.
+    "long": Rules(seq="context", slots="context", experts=("expert", "context")),
 }
 
 

@@ -113,7 +113,7 @@ def mtp(model, ids, hidden) -> np.ndarray:
     graph, state = nnx.split(model)
     run = in_mesh(lambda model, ids, hidden: model.logits(model.mtp_hidden(ids, hidden)[0]))
     run = jax.jit(run, static_argnums=0, compiler_options=QUICK)
-    return np.asarray(run(graph, state, np.asarray(ids, np.int32), hidden))
+    return np.asarray(run(graph, state, np.asarray(ids, np.int32), hidden))[:, :-1]  # the last has no next token
 
 
 def far(ours, theirs) -> float:

@@ -608,11 +608,6 @@ def test_a_mesh_of_the_callers_own(model):
     assert generate_ids(GLM(CONFIG, mesh=own), PROMPTS, max_tokens=4) == generate_ids(model, PROMPTS, max_tokens=4)
 
 
-def test_sequences_cannot_be_sharded():
-    with pytest.raises(UsageError, match="the rule seq='tensor': sequences cannot be sharded yet"):
-        GLM(CONFIG, "tensor=2", Rules(heads=None, seq="tensor"), seed=None)
-
-
 def test_a_prompt_and_its_steps_are_compiled_once():
     cut = "expert=2,tensor=2"
     model = GLM(dataclasses.replace(CONFIG, rms_norm_eps=1.25e-5), cut)  # nobody else's

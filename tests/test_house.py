@@ -20,7 +20,7 @@ TOPS = {"glm_jax": "glm_jax", "sharding": "glm_jax.sharding", "convert": "glm_ja
 LADDER = [
     ["__init__"],
     ["errors", "sharding", "config"],
-    ["weights", "kernels", "cache"],
+    ["weights", "kernels", "cache", "dispatch"],
     ["model"],
     ["convert", "checkpoint", "losses", "sample", "parsing", "tokenizer", "data"],
     ["planner", "loading", "generation", "inspect", "demo"],

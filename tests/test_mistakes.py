@@ -63,7 +63,6 @@ import pytest
 import tokenizers
 from flax import nnx
 from golden import CLOSE, far
-from jax.sharding import AbstractMesh
 from make_tokenizer import TEMPLATES, write_tokenizer
 
 import glm_jax.model as model_module
@@ -72,7 +71,7 @@ from glm_jax.config import PRESETS, Config, preset, tiny
 from glm_jax.convert.safetensors import Tensor, read_folder, write
 from glm_jax.errors import BadInput, UsageError
 from glm_jax.model import rms_norm, rope_angles
-from glm_jax.sharding import AXES, Rules
+from glm_jax.sharding import Rules, abstract
 from glm_jax.tokenizer import Tokenizer
 
 IDS = [reference.IDS]
@@ -460,7 +459,7 @@ def test_odd_widths_over_eight_devices():
     held = lambda weight: weight.get_value().sharding.shard_shape(weight.get_value().shape)
     assert held(glm.dense.mlp.gate_up) == (1, 2, 1368, 4096) and held(glm.dense.mlp.down) == (1, 4096, 1368)
     assert held(glm.moe.mlp.gate_up)[-2] == held(glm.moe.mlp.down)[-1] == 176
-    wide = AbstractMesh((1, 1, 128), AXES)  # 10944 is 85.5 * 128
+    wide = abstract("tensor=128")  # 10944 is 85.5 * 128
     with pytest.raises(UsageError, match=r"not divide intermediate_size 10944 over tensor=128 \(.*, 64\)$"):
         GLM(preset("glm-4.5-air"), wide, Rules(heads=None, vocab=None), seed=None)
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8, "hidden_size": 32}
@@ -556,7 +555,7 @@ def test_mtp_recursion_feeds_the_normed_state(model, monkeypatch):
     def run(model, ids, hidden):
         state = model.mtp_hidden(ids, hidden)[0]
         before = inputs[-1]  # the last norm is shared_head.norm
-        return tuple(model.logits(model.mtp_hidden(ids[:, 1:], h)[0]) for h in (state, before))
+        return tuple(model.logits(model.mtp_hidden(ids[:, 1:], h[:, :-1])[0])[:, :-1] for h in (state, before))
 
     graph, weights = nnx.split(model)
     traced = jax.jit(model_module.in_mesh(run), static_argnums=0)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from golden import QUICK, far, look, mtp
-from jax.sharding import AbstractMesh, AxisType
 
 import glm_jax.model as model_module
 from glm_jax import GLM, loss
@@ -22,7 +21,7 @@ from glm_jax.errors import UsageError
 from glm_jax.inspect import describe
 from glm_jax.model import Matrix, attention, bucket, in_mesh, linear, rope, rope_angles, self_attention, weight_path
 from glm_jax.planner import needs
-from glm_jax.sharding import AXES, PRESETS, rules
+from glm_jax.sharding import PRESETS, abstract, rules
 from glm_jax.sharding import mesh as make_mesh
 
 VARIANTS = {
@@ -389,12 +388,8 @@ def test_collectives():
             assert not weights & set(dims) - {2, 4, c.hidden_size}, (kind, shape)
 
 
-def abstract(**axes):
-    return AbstractMesh(tuple(axes.get(a, 1) for a in AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
-
-
 def test_full_size_model_is_abstract_and_its_bytes_are_known():
-    config, at = preset("glm-4.6"), abstract(expert=8, tensor=2)
+    config, at = preset("glm-4.6"), abstract("expert=8,tensor=2")
     began = time.perf_counter()
     model = GLM(config, at, "ep", seed=None)
     assert time.perf_counter() - began < 1  # 0.05 s
@@ -414,8 +409,8 @@ def test_full_size_model_is_abstract_and_its_bytes_are_known():
     assert needs(config, at, rules("ep")).weights == sum(w.device_bytes for w in held)
     # A cache of 1,024 tokens for 8 rows: a row for each `expert`, half the KV heads for each `tensor`.
     assert needs(config, at, rules("ep"), 8, 1024).cache == cache_bytes(config, 8, 1024) // 16
-    for mesh_gib, axes in ((109.6, {"expert": 8}), (70.5, {"expert": 16})):
-        held = describe(GLM(dataclasses.replace(config, num_nextn_predict_layers=0), abstract(**axes), seed=None))
+    for mesh_gib, axes in ((109.6, "expert=8"), (70.5, "expert=16")):
+        held = describe(GLM(dataclasses.replace(config, num_nextn_predict_layers=0), abstract(axes), seed=None))
         assert round(sum(w.device_bytes for w in held) / 2**30, 1) == mesh_gib
 
 
