@@ -31,7 +31,7 @@ def sent(tokens, ids, share, work: Work, axes: tuple[str, ...], peer):
     """The same, by sending each token once to each device that has some of its experts: `peer [T, k]` says which, as
     their number along `axes`, or a number past the last one for no device. The parts of the sum travel in the tokens'
     dtype and are added in float32."""
-    (T, D), k = tokens.shape, ids.shape[1]
+    T, k = ids.shape
     P = jax.lax.axis_size(axes)
     # The first of a token's choices that lie on one device stands for all of them there.
     same = (peer[:, :, None] == peer[:, None, :]) & jnp.tri(k, k, -1, dtype=bool)

@@ -40,7 +40,7 @@ def loss(model: GLM, ids, mask=None, mtp_weight: float = 0.0, remat: bool = True
     mean, metrics = _loss(graph, state, ids, mask, float(mtp_weight), remat)
     if isinstance(jnp.zeros(()), Tracer):  # staged, so inside jit and beside weights: as the weights are
         return mean, metrics
-    return hand_out(model, mean), jax.lax.stop_gradient(metrics)
+    return hand_out(model, mean, jax.P()), jax.lax.stop_gradient(metrics)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))

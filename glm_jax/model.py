@@ -588,7 +588,7 @@ def _mtp_logits(model, ids):
     return model.logits(model.mtp_hidden(ids, hidden)[0])
 
 
-def hand_out(model: GLM, tree, spec: jax.P = jax.P()):
+def hand_out(model: GLM, tree, spec: jax.P):
     """Results for the caller's own code: the same bytes under a mesh whose axes do not ask to spell every sharding, or
     as they are where the caller has set a mesh."""
     if not jax.sharding.get_abstract_mesh().empty:
@@ -620,8 +620,8 @@ def batch_shards(model: GLM) -> int:
 
 
 def kv_axes(config: Config, mesh, rules: Rules) -> tuple[str, ...]:
-    """The mesh axes that KV heads are cut over: of those of the heads as many, from the outermost, as divide them. Along
-    the rest the devices have the same KV heads, and each takes those that its query heads read."""
+    """The mesh axes that KV heads are cut over: of those of the heads as many, from the outermost, as divide them.
+    Along the rest the devices have the same KV heads, and each takes those that its query heads read."""
     axes = mesh_axes([rules.heads])
     cuts = (axes[:n] for n in range(len(axes), -1, -1))
     return next(a for a in cuts if config.num_key_value_heads % axes_size(mesh, a) == 0)
@@ -654,8 +654,8 @@ DIMENSIONS = {
 
 
 def check_mesh(config: Config, mesh, rules: Rules) -> None:
-    """Raises UsageError for rules that cannot be, naming what they cut twice, and for every dimension that its mesh axes
-    do not divide, with its size and theirs."""
+    """Raises UsageError for rules that cannot be, naming what they cut twice, and for every dimension that its mesh
+    axes do not divide, with its size and theirs."""
     problems = []
     for field in dataclasses.fields(rules):
         if unknown := [a for a in mesh_axes([getattr(rules, field.name)]) if a not in mesh.shape]:

@@ -20,7 +20,7 @@ from glm_jax.generation import _StopStrings, generate_steps
 from glm_jax.model import in_mesh
 from glm_jax.parsing import parse_response
 from glm_jax.sample import Sampling, sample
-from glm_jax.sharding import AXES, Rules
+from glm_jax.sharding import AXES
 from glm_jax.tokenizer import Tokenizer
 
 SMALL = dict(num_hidden_layers=2, num_nextn_predict_layers=0, n_routed_experts=8, num_experts_per_tok=2)

@@ -11,9 +11,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from glm_jax.kernels.few_rows import few_rows, is_few
+
+GATHERED_ROWS = 2**28  # numbers in the rows that experts work on at once: 6,553 tokens of GLM-4.6, 512 MiB in bfloat16
 
 
 def grouped_matmul(
@@ -44,7 +47,20 @@ def routed_experts(
 ) -> Float[Array, "T D"]:
     """The sum over each token's experts of `share * down(silu(gate x) * up x)`, in float32.
 
-    A token's ids differ from each other. An id outside 0..E-1 is another device's expert and adds nothing here."""
+    A token's ids differ from each other. An id outside 0..E-1 is another device's expert and adds nothing here. Many
+    tokens go through in parts, so that what is held beside the weights has a bound whatever the routing."""
+    (T, D), k = x.shape, ids.shape[1]
+    most = max(1, GATHERED_ROWS // (k * D))
+    parts = -(-T // most)
+    if parts == 1:
+        return _routed(x, ids, share, gate_up, down, layer)
+    each = -(-T // parts)
+    pad = lambda a, value: jnp.pad(a, ((0, parts * each - T), (0, 0)), constant_values=value).reshape(parts, each, -1)
+    part = jax.checkpoint(lambda item: _routed(*item, gate_up, down, layer))
+    return jax.lax.map(part, (pad(x, 0), pad(ids, -1), pad(share, 0))).reshape(parts * each, D)[:T]
+
+
+def _routed(x, ids, share, gate_up, down, layer):
     (L, E, _, F, D), (T, k) = gate_up.shape, ids.shape
     group = jnp.where((ids >= 0) & (ids < E), ids, E).reshape(-1)
     # Not argsort: inside a shard_map it types the order as the same on every device, since what it carries along is an
@@ -56,9 +72,19 @@ def routed_experts(
     multiply = functools.partial(grouped_matmul, group_sizes=sizes, layer=layer, largest_group=T)
     h = multiply(_look_up(*_varying(x, order // k, place.reshape(T, k))), gate_up.reshape(L, E, 2 * F, D))
     gate, up = h[:, :F].astype(jnp.float32), h[:, F:].astype(jnp.float32)
-    y = multiply((jax.nn.silu(gate) * up).astype(x.dtype), down)
+    y = multiply((jax.nn.silu(gate) * up).astype(x.dtype), _minor_of_128(down))
     y = _look_up(*_varying(y, place, order[:, None])).reshape(T, k, D).astype(jnp.float32)
     return functools.reduce(jnp.add, (share[:, j, None].astype(jnp.float32) * y[:, j] for j in range(k)))
+
+
+def _minor_of_128(w):
+    """A TPU keeps an argument [..., D, F] with D innermost where F is no multiple of its 128 lanes and D is, and would
+    turn the whole stack around for a loop, which likes them as they are written: this says that they may stay."""
+    if w.shape[-1] % 128 == 0 or w.shape[-2] % 128:
+        return w
+    order = (*range(w.ndim - 2), w.ndim - 1, w.ndim - 2)
+    stay = lambda w: with_layout_constraint(w, Layout(order))
+    return jax.lax.platform_dependent(w, tpu=stay, default=lambda w: w)
 
 
 @jax.custom_vjp
