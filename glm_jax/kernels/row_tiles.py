@@ -11,12 +11,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from glm_jax.kernels.few_rows import few_rows, is_few
 
-GATHERED_ROWS = 2**28  # numbers in the rows that experts work on at once: 6,553 tokens of GLM-4.6, 512 MiB in bfloat16
+GATHERED = 2**28  # numbers in the rows that experts work on at once, at most: 4,096 tokens of GLM-4.6
 
 
 def grouped_matmul(
@@ -34,7 +33,13 @@ def grouped_matmul(
     heights = _heights(lhs.shape[0] if largest_group is None else largest_group)
     first = jnp.asarray(layer, jnp.int32) * E
     lhs, rhs, sizes, first = _varying(lhs, rhs.reshape(L * E, N, K), group_sizes, first)
-    return _grouped_matmul(heights, lhs, rhs, sizes, first)
+    multiply = lambda lhs, rhs, sizes, first: _grouped_matmul(heights, 1, lhs, rhs, sizes, first)
+    if K % 128 == 0 or N % 128:
+        return multiply(lhs, rhs, sizes, first)
+    # A TPU keeps an argument [..., N, K] with N innermost where K is no multiple of its 128 lanes and N is. In the loops
+    # it would not, and turn the whole stack around; written as [..., K, N] it lies as it is.
+    turned = lambda lhs, rhs, *rest: _grouped_matmul(heights, 0, lhs, rhs.swapaxes(1, 2), *rest)
+    return jax.lax.platform_dependent(lhs, rhs, sizes, first, tpu=turned, default=multiply)
 
 
 def routed_experts(
@@ -50,11 +55,11 @@ def routed_experts(
     A token's ids differ from each other. An id outside 0..E-1 is another device's expert and adds nothing here. Many
     tokens go through in parts, so that what is held beside the weights has a bound whatever the routing."""
     (T, D), k = x.shape, ids.shape[1]
-    most = max(1, GATHERED_ROWS // (k * D))
+    most = 1 << max(0, (GATHERED // (k * D)).bit_length() - 1)  # a power of two, as numbers of tokens often are
     parts = -(-T // most)
     if parts == 1:
         return _routed(x, ids, share, gate_up, down, layer)
-    each = -(-T // parts)
+    each = most if T % most == 0 else -(-T // parts)
     pad = lambda a, value: jnp.pad(a, ((0, parts * each - T), (0, 0)), constant_values=value).reshape(parts, each, -1)
     part = jax.checkpoint(lambda item: _routed(*item, gate_up, down, layer))
     return jax.lax.map(part, (pad(x, 0), pad(ids, -1), pad(share, 0))).reshape(parts * each, D)[:T]
@@ -72,19 +77,9 @@ def _routed(x, ids, share, gate_up, down, layer):
     multiply = functools.partial(grouped_matmul, group_sizes=sizes, layer=layer, largest_group=T)
     h = multiply(_look_up(*_varying(x, order // k, place.reshape(T, k))), gate_up.reshape(L, E, 2 * F, D))
     gate, up = h[:, :F].astype(jnp.float32), h[:, F:].astype(jnp.float32)
-    y = multiply((jax.nn.silu(gate) * up).astype(x.dtype), _minor_of_128(down))
+    y = multiply((jax.nn.silu(gate) * up).astype(x.dtype), down)
     y = _look_up(*_varying(y, place, order[:, None])).reshape(T, k, D).astype(jnp.float32)
     return functools.reduce(jnp.add, (share[:, j, None].astype(jnp.float32) * y[:, j] for j in range(k)))
-
-
-def _minor_of_128(w):
-    """A TPU keeps an argument [..., D, F] with D innermost where F is no multiple of its 128 lanes and D is, and would
-    turn the whole stack around for a loop, which likes them as they are written: this says that they may stay."""
-    if w.shape[-1] % 128 == 0 or w.shape[-2] % 128:
-        return w
-    order = (*range(w.ndim - 2), w.ndim - 1, w.ndim - 2)
-    stay = lambda w: with_layout_constraint(w, Layout(order))
-    return jax.lax.platform_dependent(w, tpu=stay, default=lambda w: w)
 
 
 @jax.custom_vjp
@@ -156,8 +151,8 @@ def _dot(x, w, out, in_):
     return jax.lax.dot_general(x, w, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _product(x, w, i, axis=1):
-    """x [h, K] times matrix i of w [G, N, K], or with axis=0 x [h, N] times it transposed, in float32."""
+def _product(x, w, i, axis):
+    """x [h, K] times matrix i of w [G, N, K] transposed, or with axis=0 x [h, N] times it, in float32."""
     h, dot = x.shape[0], lambda x, w, i: _dot(x, w[i], 1, axis)
 
     def on_cpu(x, w, i):
@@ -171,9 +166,11 @@ def _product(x, w, i, axis=1):
     return jax.lax.platform_dependent(x, w, i, cpu=on_cpu, default=dot)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_matmul(heights, lhs, rhs, sizes, first):  # [M, K], [G, N, K], [E], group 0's place in G -> [M, N]
-    return _by_tiles(heights, lhs, rhs.shape[1], sizes, lambda x, e: _product(x, rhs, first + e))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _grouped_matmul(heights, axis, lhs, rhs, sizes, first):
+    """lhs [M, K], rhs [G, N, K] with `axis` 1 or [G, K, N] with 0, sizes [E], group 0's place in G -> [M, N]."""
+    product = lambda x, e: _product(x, rhs, first + e, axis)
+    return _by_tiles(heights, lhs, rhs.shape[2 - axis], sizes, product)
 
 
 def _by_tiles(heights, lhs, width, sizes, product):
@@ -191,21 +188,22 @@ def _by_tiles(heights, lhs, width, sizes, product):
     return jnp.where(jnp.arange(M)[:, None] < sizes.sum(), y, 0)
 
 
-def _grouped_matmul_forward(heights, lhs, rhs, sizes, first):
-    return _grouped_matmul(heights, lhs, rhs, sizes, first), (lhs, rhs, sizes, first)
+def _grouped_matmul_forward(heights, axis, lhs, rhs, sizes, first):
+    return _grouped_matmul(heights, axis, lhs, rhs, sizes, first), (lhs, rhs, sizes, first)
 
 
-def _grouped_matmul_backward(heights, saved, dy):
+def _grouped_matmul_backward(heights, axis, saved, dy):
     lhs, rhs, sizes, first = saved
     heights = (16, 64, 256)[: 1 + sum(heights[-1] > h for h in (16, 64))]
-    dlhs = _by_tiles(heights, dy, rhs.shape[2], sizes, lambda dy, e: _product(dy, rhs, first + e, 0))
+    dlhs = _by_tiles(heights, dy, rhs.shape[1 + axis], sizes, lambda dy, e: _product(dy, rhs, first + e, 1 - axis))
     pad = lambda a: jnp.pad(a, ((0, heights[-1]), (0, 0)))
     x, dy = pad(lhs), pad(dy)
 
     def tile(h, e, start, end, drhs):
         mine = start + jnp.arange(h)[:, None] < end
         own = lambda a: jnp.where(mine, _rows(a, start, h), 0)  # of both: 0 times another row's inf is NaN
-        return drhs.at[first + e].add(_dot(own(dy), own(x), 0, 0))
+        one, other = (own(dy), own(x)) if axis else (own(x), own(dy))
+        return drhs.at[first + e].add(_dot(one, other, 0, 0))
 
     (nothing, *_) = _varying(jnp.zeros_like(rhs, dtype=jnp.float32), rhs)
     drhs = _for_tiles(heights, sizes, lhs.shape[0], tile, nothing)
