@@ -10,10 +10,18 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
 GATHERED = 8  # devices of a group up to which gathering moves no more: the experts of a token, in every published GLM
+NEVER_SENT = ("TPU v5 lite",)  # kinds of device that have no ragged all-to-all
 
 Work = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def sends(devices: int, mesh) -> bool:
+    """Whether the tokens of groups of so many devices are sent, not gathered."""
+    kind = "" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].device_kind
+    return devices > GATHERED and kind not in NEVER_SENT
 
 
 def gathered(tokens, ids, share, work: Work, axes: tuple[str, ...]):

@@ -15,7 +15,7 @@ from flax import nnx
 
 from glm_jax.cache import Cache
 from glm_jax.errors import UsageError
-from glm_jax.model import GLM, PREFILL_CHUNK, batch_shards, bucket, checked_ids, in_mesh, round_up
+from glm_jax.model import GLM, PREFILL_CHUNK, batch_shards, bucket, cached_heads, checked_ids, in_mesh, round_up
 from glm_jax.parsing import ResponseStream
 from glm_jax.planner import refuse_if_no_room
 from glm_jax.sample import Sampling, sample
@@ -246,12 +246,32 @@ def _step(model: GLM, cache: Cache, seen, ids, advance, ends, token, logprob, sa
     @functools.partial(jax.sharding.auto_axes, out_sharding=specs)  # sorting and drawing name no shardings
     def choose(logits, seen, keys, positions, ends, token, logprob, sampling):
         new, new_logprob = sample(logits, sampling, seen, keys, positions)
-        seen = seen.at[jnp.arange(new.shape[0]), new].max(ends)
+        seen = seen | ((jnp.arange(seen.shape[1]) == new[:, None]) & ends[:, None])  # a scatter would move rows about
         return jnp.where(ends[:, None], new[:, None], token), jnp.where(ends, new_logprob, logprob), seen
 
     chosen = choose(logits, seen, keys, longer.length, ends, token, logprob, sampling)  # pyright: ignore[reportCallIssue]
     token, logprob, seen = chosen
     return token, logprob, longer, seen
+
+
+def lower_step(model: GLM, rows: int, tokens: int, slots: int, platform: str | None = None):
+    """The step for `rows` rows of `tokens` new tokens each and a cache of `slots`, lowered and not run: for what XLA
+    makes of it. The model may be abstract and its devices a description. More than one token is a prompt's first part."""
+    place = lambda dtype, shape, *axes: jax.ShapeDtypeStruct(
+        shape, dtype, sharding=jax.NamedSharding(model.mesh, model.rules(*axes))
+    )
+    c = model.config
+    heads = cached_heads(c, model.mesh, model.rules)
+    kv = place(c.dtype, (c.num_hidden_layers, rows, heads, slots, c.head_dim), None, "batch", "heads", "slots", None)
+    cache = Cache(kv, kv, place(np.int32, (rows,), "batch"))
+    graph, state = nnx.split(model)
+    sampling = jax.tree.map(lambda a: place(a.dtype, a.shape), Sampling.of(0.0, 0, 1.0, 0.0, 1.0, c.vocab_size))
+    row = lambda dtype, *rest: place(dtype, (rows, *rest), "batch", *(None for _ in rest))
+    keys = place(jax.random.key(0).dtype, (rows,), "batch")
+    token, logprob, advance, ends = row(np.int32, 1), row(np.float32), row(np.int32), row(bool)
+    args = (cache, row(bool, c.vocab_size), row(np.int32, tokens), advance, ends, token, logprob, sampling, keys)
+    traced = _step.trace(graph, state, *args, tokens > 1)
+    return traced.lower(lowering_platforms=(platform,) if platform else None)
 
 
 class _StopStrings:

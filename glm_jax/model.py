@@ -124,8 +124,7 @@ def attention(
 
     A block of queries at a time, so that no [T, S] matrix of all queries is ever held, forward or backward."""
     (B, T, N, H), K = q.shape, k.shape[1]
-    blocks = -(-T // max(1, min(QUERY_BLOCK, SCORES // (B * N * k.shape[2]))))
-    t = -(-T // blocks)
+    blocks, t = attention_blocks(B, T, N, k.shape[2])
     q, positions = (jnp.pad(a, [(0, 0), (0, blocks * t - T)] + [(0, 0)] * (a.ndim - 2)) for a in (q, positions))
     # [blocks, B, K, query heads of one KV head * t, H]: each KV head is one matmul
     q = q.reshape(B, blocks, t, K, N // K, H).transpose(1, 0, 3, 4, 2, 5).reshape(blocks, B, K, -1, H)
@@ -149,6 +148,12 @@ def attention(
         y = jax.lax.map(lambda item: jax.checkpoint(attend)(*item), (q, positions))
     y = y.reshape(blocks, B, K, N // K, t, H).transpose(1, 0, 4, 2, 3, 5)
     return y.reshape(B, blocks * t, N, H)[:, :T]
+
+
+def attention_blocks(B: int, T: int, N: int, S: int) -> tuple[int, int]:
+    """Into how many blocks attention takes its queries, and how many of each row are in one."""
+    blocks = -(-T // max(1, min(QUERY_BLOCK, SCORES // (B * N * S))))
+    return blocks, -(-T // blocks)
 
 
 def self_attention(
@@ -299,7 +304,7 @@ class MoE(nnx.Module):
             ids = jnp.where(real.reshape(-1, 1), ids, c.n_routed_experts)  # padding is no expert's work
             first = jax.lax.axis_index(experts) * down.shape[1] if experts else 0
             work = lambda tokens, ids, share: kernels.routed_experts(tokens, ids - first, share, gate_up, down, layer)
-            if not own or jax.lax.axis_size(own) <= dispatch.GATHERED:
+            if not dispatch.sends(jax.lax.axis_size(own) if own else 1, step.mesh):
                 y = dispatch.gathered(tokens, ids, share, work, own)
             else:
                 sizes = [jax.lax.axis_size(a) for a in experts]
@@ -307,8 +312,8 @@ class MoE(nnx.Module):
                 peer = jnp.ravel_multi_index([at[a] for a in own], [jax.lax.axis_size(a) for a in own], mode="wrap")
                 peer = jnp.where(ids < c.n_routed_experts, peer, c.n_routed_experts)
                 y = dispatch.sent(tokens, ids, share, work, own, peer)
-            y = jax.lax.psum(y, summed)
-            return y.reshape(x.shape).astype(x.dtype), *(a.reshape(*x.shape[:2], -1) for a in chosen)
+            y = jax.lax.psum(y.astype(x.dtype), summed)
+            return y.reshape(x.shape), *(a.reshape(*x.shape[:2], -1) for a in chosen)
 
         y, ids, share = routed(x, step.real, self.router[...], self.bias[...], gate_up, down, layer)
         return y + self.shared(x, step), (ids, share)
@@ -349,7 +354,7 @@ class Step:
 
     def __init__(self, model: "GLM", rules: Rules, start, real, fresh=False):
         """start [B]: the position of each row's first token; real [B, T]: which are tokens and not padding."""
-        self.config, self.rules, self.fresh = model.config, rules, fresh
+        self.config, self.mesh, self.rules, self.fresh = model.config, model.mesh, rules, fresh
         self.start, self.real = jax.reshard(start, rules("batch")), jax.reshard(real, rules("batch", "seq"))
         places = jnp.broadcast_to(jnp.arange(real.shape[1], dtype=jnp.int32), real.shape)
         self.places = jax.reshard(places, rules("batch", "seq"))  # [B, T], where among the new tokens
@@ -445,10 +450,8 @@ class GLM(nnx.Module):
         return hand_out(self, _mtp_logits(graph, state, ids), spec)[:B, : T - 1]
 
     def rules_for(self, tokens: int) -> Rules:
-        """The rules for so many tokens a row: a sequence is cut where its axes divide it, and else every device along
-        them has all of it, as in decoding."""
-        parts = axes_size(self.mesh, self.rules.seq)
-        return self.rules if tokens % parts == 0 else dataclasses.replace(self.rules, seq=None)
+        """The rules for so many tokens a row."""
+        return rules_for(self.mesh, self.rules, tokens)
 
     # The functions below are called while tracing, under the model's mesh: see `in_mesh`.
 
@@ -612,6 +615,12 @@ def round_up(n: int, step: int) -> int:
 def axes_size(mesh, *axes) -> int:
     """Into how many parts these mesh axes cut."""
     return math.prod(mesh.shape[a] for a in mesh_axes(axes))
+
+
+def rules_for(mesh, rules: Rules, tokens: int) -> Rules:
+    """The rules for so many tokens a row: a sequence is cut where its axes divide it, and else every device along them
+    has all of it, as in decoding."""
+    return rules if tokens % axes_size(mesh, rules.seq) == 0 else dataclasses.replace(rules, seq=None)
 
 
 def batch_shards(model: GLM) -> int:
