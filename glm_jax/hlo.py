@@ -79,19 +79,38 @@ def collectives(compiled, mesh) -> list[Collective]:
     several arrays as one each, one over axes of size 1 moves nothing and is left out."""
     computations, entry = _computations(compiled if isinstance(compiled, str) else compiled.as_text())
     found: list[Collective] = []
+    pieces = set()  # a TPU runs one collective beside other work as pieces in several fusions, all of one channel
 
-    def visit(name: str, times: int | None):
+    def visit(name: str, times: int | None, fused: bool):
         for line in computations[name]:
-            found.extend(dataclasses.replace(c, count=times) for c in _parse(line, mesh) if c.axes)
-            body = re.search(r"\bbody=%?([\w.\-]+)", line)
-            trips = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
-            inner = times if not body else times * int(trips[1]) if trips and times is not None else None
+            for c in _parse(line, mesh):
+                channel = re.search(r"channel_id=(\d+)", line)
+                piece = (c.kind, c.axes, c.bytes, channel and channel[1])
+                if not c.axes or (fused and piece in pieces):
+                    continue
+                if fused:
+                    pieces.add(piece)
+                found.append(dataclasses.replace(c, count=times))
+            trips = _trips(line, computations) if " while(" in line else 1
+            inner = None if trips is None or times is None else times * trips
             for callee in _called(line):
                 if callee in computations:
-                    visit(callee, inner)
+                    visit(callee, inner, fused or " fusion(" in line)
 
-    visit(entry, 1)
+    visit(entry, 1, False)
     return found
+
+
+def _trips(line: str, computations) -> int | None:
+    """How often a loop runs: as XLA says, or by its condition, of a counter from 0 against a constant; else None."""
+    if match := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line):
+        return int(match[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    lines = computations.get(condition[1], []) if condition else []
+    root = next((re.search(r"compare\((.*?)\), direction=LT", x) for x in lines if x.startswith("ROOT")), None)
+    values = {m[1]: int(m[2]) for x in lines if (m := re.match(r"%?([\w.\-]+) = .* constant\((\d+)\)", x))}
+    named = [name.split()[-1].lstrip("%") for name in root[1].split(",")] if root else []
+    return next((values[name] for name in named if name in values), None)
 
 
 def sent_bytes(c: Collective, mesh) -> float:
@@ -152,6 +171,8 @@ def _parse(line: str, mesh) -> list[Collective]:
         shapes = shapes[len(shapes) // 2 :]
     elif start and kind == "collective-permute":  # (operand, result, two contexts)
         shapes = shapes[1:2]
+    elif start and kind == "ragged-all-to-all":  # (six operands, result)
+        shapes = shapes[-1:]
     axes, devices = _axes(line, mesh)
     op = re.search(r'op_name="([^"]*)"', line)
     source = op[1].rsplit("/", 1)[-1] if op else ""
@@ -160,7 +181,9 @@ def _parse(line: str, mesh) -> list[Collective]:
         sizes = [sum(sizes)]
     if kind == "reduce-scatter":
         sizes = [size * devices for size in sizes]
-    if kind == "all-reduce" and source == "reduce_scatter":  # a TPU may reduce all and keep a part, in one fusion
+    if source.startswith("reduce_scatter"):  # a TPU may reduce all, keep a part, and exchange what its tiles overlap
+        if kind == "collective-permute":
+            return []
         kind = "reduce-scatter"
     return [Collective(kind, axes, size, 1, source) for size in sizes]
 
