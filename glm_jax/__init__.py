@@ -16,6 +16,7 @@ _HOMES = {  # public name -> the submodule it lives in, imported when the name i
     "load": "loading",
     "loss": "losses",
     "parse_response": "parsing",
+    "plan": "planner",
     "save": "loading",
     "stream_generate": "generation",
 }
@@ -30,6 +31,7 @@ __all__ = [
     "load",
     "loss",
     "parse_response",
+    "plan",
     "save",
     "stream_generate",
 ]
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from glm_jax.losses import loss
     from glm_jax.model import GLM
     from glm_jax.parsing import parse_response
+    from glm_jax.planner import plan
     from glm_jax.sharding import Rules
 
 

@@ -192,6 +192,102 @@ def inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def plan(args: argparse.Namespace) -> int:
+    """Will it fit: GiB a device by part, what is replicated, what moves; exit 1 if it does not. Needs no devices."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # plans are made without the devices, which may be busy with something else
+    from glm_jax import planner
+    from glm_jax.linter import axes_table, lint
+    from glm_jax.sharding import abstract, default_sizes, rules
+    from glm_jax.targets import devices
+
+    device = args.topology or args.device
+    count = devices(args.topology) if args.topology and ":" in args.topology else args.devices
+    config, name = _config(args)
+    by = rules(args.rules)
+    options = {"batch": args.batch, "context": args.context, "device": device, "train": args.train}
+    options |= {"fp8": args.dtype == "fp8", "name": name}
+    if args.search:
+        if not count:
+            raise UsageError("--search needs --devices N, or a --topology that says how many")
+        found = planner.search(config, count, args.rules, **options)
+        if not found:
+            raise UsageError(f"no mesh of {count} devices divides {name} under --rules {args.rules}")
+        if args.json:
+            print(json.dumps([p.to_json() for p in found]))
+        else:
+            _plans(found)
+        return 0 if device is None or any(p.fits for p in found) else 1
+    at = args.mesh
+    if not at and count:
+        best = planner.search(config, count, args.rules, **options)
+        at = best[0].mesh if best else ",".join(f"{k}={n}" for k, n in default_sizes(count).items())
+    layout = abstract(at or "data=1")
+    if count and layout.size != count:
+        raise UsageError(f"--mesh {at} has {layout.size} devices, {args.topology or f'--devices {count}'} {count}")
+    planned = planner.plan(config, layout, args.rules, **options)
+    findings = lint(config, layout, by, args.batch, args.context)
+    compiled = planner.compiled_steps(config, at or "data=1", by, args.topology, planned) if args.compile else []
+    if args.json:
+        extra = {"findings": [dataclasses.asdict(f) for f in findings], "compiled": compiled}
+        print(json.dumps(planned.to_json() | extra))
+        return 1 if planned.fits is False else 0
+    _table(
+        ("logical axis", "mesh axes", "size", "what it divides", "GiB of weights a device"),
+        [(*row[:2], str(row[2]), row[3], f"{row[4] / 2**30:.2f}") for row in axes_table(config, layout, by)],
+    )
+    print(planned, end="\n\n")
+    for finding in findings:
+        print(finding)
+    for step in compiled:
+        print()
+        for key, value in step.items():
+            print(f"{key:28} {value}" if not isinstance(value, list) else "\n".join([key, *(f"  {v}" for v in value)]))
+    return 1 if planned.fits is False else 0
+
+
+def _plans(found) -> None:
+    """A table over meshes."""
+    rows = []
+    for p in found:
+        fits = {True: "fits", False: "no", None: ""}[p.fits]
+        step = f"{1e3 * p.cost.seconds:.2f}" if p.cost else ""
+        parts = p.to_json()["parts_gib"]
+        weights = sum(n for key, n in parts.items() if key.startswith("weights"))
+        rest = sum(parts.values()) - weights
+        rows.append((p.mesh, f"{weights:.2f}", f"{rest:.2f}", f"{p.total / 2**30:.2f}", fits, step))
+    _table(("mesh", "weights GiB", "the rest GiB", "total GiB a device", "", "ms a token at the least"), rows)
+
+
+def _table(headings, rows) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*headings, box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def _config(args: argparse.Namespace):
+    """The Config that --model names, a preset, a folder or a Hub id, with --dtype and --layers; and its name."""
+    import jax
+
+    from glm_jax.config import PRESETS, preset
+    from glm_jax.convert.hub import fetch
+    from glm_jax.loading import DEMO, read_config
+    from glm_jax.planner import first_layers
+
+    name = args.model or str(DEMO)
+    dtype = None if args.dtype == "fp8" else args.dtype
+    if name.lower() in PRESETS and not Path(name).exists():
+        config = preset(name)
+        config = dataclasses.replace(config, dtype=jax.numpy.dtype(dtype)) if dtype else config
+        return (first_layers(config, args.layers) if args.layers is not None else config), name
+    folder = fetch(name, **{key: getattr(args, key) for key in ("revision", "token", "offline")})
+    return read_config(folder, dtype, args.layers)[0], name if args.model else "the demo model"
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):  # one line, as every other error; argparse would print the usage too
         self.exit(UsageError.exit_code, f"glm-jax: {message} ({self.prog} --help shows the flags)\n")
@@ -212,6 +308,16 @@ def _parser() -> argparse.ArgumentParser:
     p = add("chat", chat, (_model_flags, _sampling_flags, _chat_flags))
     p = add("inspect", inspect, (_model_flags,))
     p.add_argument("path", nargs="?", help="a folder, a Hub id, or glm-4.5, glm-4.5-air, glm-4.6, glm-4.7")
+    p = add("plan", plan, (_model_flags,))
+    next(a for a in p._actions if a.dest == "dtype").choices = ("bfloat16", "float32", "fp8")
+    p.add_argument("--devices", type=int, metavar="N", help="so many devices, with the mesh that needs least")
+    p.add_argument("--device", metavar="NAME", help="whose memory must hold it: h100, h200, b200, a100, v5p, v6e, ...")
+    p.add_argument("--topology", metavar="T", help="device and number: v5p:2x2x4, v6e:8x8 (chips), h100:16")
+    p.add_argument("--batch", type=int, default=1, metavar="N", help="rows at once (default 1)")
+    p.add_argument("--context", type=int, default=4096, metavar="N", help="tokens a row (default 4096)")
+    p.add_argument("--train", action="store_true", help="training, not generating")
+    p.add_argument("--search", action="store_true", help="a table over all meshes of so many devices")
+    p.add_argument("--compile", action="store_true", help="compile the steps for --topology and show XLA's own account")
     return parser
 
 
@@ -231,7 +337,9 @@ def _verb(verbs, verb: str, run: Callable[[argparse.Namespace], int], groups) ->
 def _model_flags(p: argparse.ArgumentParser):
     p.add_argument("--model", "-m", metavar="PATH", help="a Hugging Face folder or Hub id (default: the demo)")
     p.add_argument("--mesh", metavar="M", help="as expert=4,tensor=2 (default: all devices, as the model fits)")
-    p.add_argument("--rules", default="ep", metavar="NAME", help="sharding rules: ep or tp (default ep)")
+    p.add_argument(
+        "--rules", default="ep", metavar="NAME", help="sharding rules: ep, latency, tp, fsdp or long (default ep)"
+    )
     p.add_argument("--dtype", choices=("bfloat16", "float32"), help="of weights and compute (default: as stored)")
     p.add_argument("--layers", type=int, metavar="N", help="only the first N layers")
     p.add_argument("--revision", help="of a Hub id: branch, tag or commit")

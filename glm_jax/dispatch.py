@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh
 GATHERED = 8  # devices of a group up to which gathering moves no more: the experts of a token, in every published GLM
 NEVER_SENT = ("TPU v5 lite",)  # kinds of device that have no ragged all-to-all
 
-Work = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Work = Callable[..., jax.Array]  # (tokens, ids, share, dtype of the sum)
 
 
 def sends(devices: int, mesh) -> bool:
@@ -29,7 +29,7 @@ def gathered(tokens, ids, share, work: Work, axes: tuple[str, ...]):
     `work(tokens, ids, share)`, given those of all of them, makes of its own."""
     for axis in reversed(axes):
         tokens, ids, share = (jax.lax.all_gather(a, axis, tiled=True) for a in (tokens, ids, share))
-    y = work(tokens, ids, share)
+    y = work(tokens, ids, share, jnp.float32)
     for axis in axes:
         y = jax.lax.psum_scatter(y, axis, tiled=True)
     return y
@@ -55,8 +55,8 @@ def sent(tokens, ids, share, work: Work, axes: tuple[str, ...], peer):
     send = lambda a: _send(a, counts, P * T, axes)
     got, extra = send(tokens[rows]), send(extra[rows])
     here = jnp.arange(P * T)[:, None] < counts[:, jax.lax.axis_index(axes)].sum()
-    y = work(got, jnp.where(here, extra[:, :k].astype(jnp.int32), -1), extra[:, k:])
-    back = _send(y.astype(tokens.dtype), counts.T, rows.shape[0], axes)
+    y = work(got, jnp.where(here, extra[:, :k].astype(jnp.int32), -1), extra[:, k:], tokens.dtype)
+    back = _send(y, counts.T, rows.shape[0], axes)
     place = jnp.minimum(place, rows.shape[0] - 1).reshape(T, k)
     part = lambda j: jnp.where(stands[:, j, None], back[place[:, j]].astype(jnp.float32), 0)
     return functools.reduce(jnp.add, map(part, range(k)))

@@ -227,6 +227,15 @@ def _on_host(step, rows):
     return np.asarray(tokens)[:rows, 0], np.asarray(logprobs)[:rows]
 
 
+def _next_logits(model: GLM, cache: Cache, ids, advance, fresh: bool) -> tuple[Any, Any]:
+    """The logits [B, V] that follow each row's last new token, and the longer cache."""
+    x, longer, _ = model.trunk(ids, cache, advance, fresh)
+    if ids.shape[1] > 1:  # each row's last state, by a masked sum: a look-up across shards would need collectives
+        last = jnp.arange(ids.shape[1]) == advance[:, None] - 1
+        x = jnp.where(last[..., None], x, 0).sum(1, keepdims=True)
+    return jax.reshard(model.logits(x)[:, 0], model.rules("batch", None)), longer
+
+
 @functools.partial(jax.jit, static_argnums=(0, 11), donate_argnums=(2, 3))
 @in_mesh
 def _step(model: GLM, cache: Cache, seen, ids, advance, ends, token, logprob, sampling: Sampling, keys, fresh: bool):
@@ -234,13 +243,7 @@ def _step(model: GLM, cache: Cache, seen, ids, advance, ends, token, logprob, sa
     whose prompt `ends` [B] with them, elsewhere `token` and `logprob` as they were; the cache, which is empty if
     `fresh`; `seen` ids [B, V]."""
     rules = model.rules
-    longer: Any
-    x, longer, _ = model.trunk(ids, cache, advance, fresh)
-    if ids.shape[1] > 1:  # each row's last state, by a masked sum: a look-up across shards would need collectives
-        last = jnp.arange(ids.shape[1]) == advance[:, None] - 1
-        x = jnp.where(last[..., None], x, 0).sum(1, keepdims=True)
-    logits = jax.reshard(model.logits(x)[:, 0], rules("batch", None))
-
+    logits, longer = _next_logits(model, cache, ids, advance, fresh)
     specs = rules("batch", None), rules("batch"), rules("batch", None)
 
     @functools.partial(jax.sharding.auto_axes, out_sharding=specs)  # sorting and drawing name no shardings
@@ -256,21 +259,20 @@ def _step(model: GLM, cache: Cache, seen, ids, advance, ends, token, logprob, sa
 
 def lower_step(model: GLM, rows: int, tokens: int, slots: int, platform: str | None = None):
     """The step for `rows` rows of `tokens` new tokens each and a cache of `slots`, lowered and not run: for what XLA
-    makes of it. The model may be abstract and its devices a description. More than one token is a prompt's first part."""
-    place = lambda dtype, shape, *axes: jax.ShapeDtypeStruct(
-        shape, dtype, sharding=jax.NamedSharding(model.mesh, model.rules(*axes))
-    )
-    c = model.config
-    heads = cached_heads(c, model.mesh, model.rules)
+    makes of it. The model may be abstract and its devices a description. More than one token is a prompt's first part.
+    Without the choice of the token, whose sort of the vocabulary takes a TPU's compiler longer than all the rest."""
+
+    def place(dtype, shape, *axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(model.mesh, model.rules(*axes)))
+
+    c, heads = model.config, cached_heads(model.config, model.mesh, model.rules)
     kv = place(c.dtype, (c.num_hidden_layers, rows, heads, slots, c.head_dim), None, "batch", "heads", "slots", None)
-    cache = Cache(kv, kv, place(np.int32, (rows,), "batch"))
+    row = place(np.int32, (rows,), "batch")
     graph, state = nnx.split(model)
-    sampling = jax.tree.map(lambda a: place(a.dtype, a.shape), Sampling.of(0.0, 0, 1.0, 0.0, 1.0, c.vocab_size))
-    row = lambda dtype, *rest: place(dtype, (rows, *rest), "batch", *(None for _ in rest))
-    keys = place(jax.random.key(0).dtype, (rows,), "batch")
-    token, logprob, advance, ends = row(np.int32, 1), row(np.float32), row(np.int32), row(bool)
-    args = (cache, row(bool, c.vocab_size), row(np.int32, tokens), advance, ends, token, logprob, sampling, keys)
-    traced = _step.trace(graph, state, *args, tokens > 1)
+    step = jax.jit(in_mesh(_next_logits), static_argnums=(0, 5), donate_argnums=2)
+    traced = step.trace(
+        graph, state, Cache(kv, kv, row), place(np.int32, (rows, tokens), "batch", None), row, tokens > 1
+    )
     return traced.lower(lowering_platforms=(platform,) if platform else None)
 
 

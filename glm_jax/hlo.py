@@ -123,8 +123,8 @@ def sent_bytes(c: Collective, mesh) -> float:
 
 
 def large_buffers(compiled, least: int) -> list[Buffer]:
-    """Results of at least `least` bytes, largest first: what XLA computes into memory, so none inside a fusion, and none
-    that is only another name for a buffer, or an update of one in place."""
+    """Results of at least `least` bytes, largest first: what XLA computes into memory, so none inside a fusion, and
+    none that is only another name for a buffer, or an update of one in place."""
     computations, _ = _computations(compiled if isinstance(compiled, str) else compiled.as_text())
     fused = {c for lines in computations.values() for line in lines if " fusion(" in line for c in _called(line)}
     names = ("parameter", "get-tuple-element", "bitcast", "tuple", "while", "dynamic-update-slice", "conditional")
@@ -133,7 +133,9 @@ def large_buffers(compiled, least: int) -> list[Buffer]:
         for line in () if name in fused else lines:
             if match := re.match(r"(?:ROOT )?%?[\w.\-]+ = (\w+\[[\d,]*\])(?:\{[^ ]*\})? ([\w\-]+)\(", line):
                 shape, op = match.groups()
-                updates = op == "fusion" and "dynamic-update-slice" in "".join(map("".join, _bodies(computations, line)))
+                updates = op == "fusion" and "dynamic-update-slice" in "".join(
+                    map("".join, _bodies(computations, line))
+                )
                 if op not in names and not updates and (size := _bytes(shape)) >= least:
                     found.append(Buffer(size, shape, op))
     return sorted(set(found), key=lambda b: (-b.bytes, b.shape, b.op))
@@ -228,7 +230,9 @@ def _groups(line: str, devices: int) -> np.ndarray:
         return np.asarray([[int(i) for i in group.split(",")] for group in match[1].split("},{")])
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         return _iota(match[2], match[3] or "").reshape([int(n) for n in match[1].split(",")])
-    if match := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}", line):
+    if match := re.search(
+        r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}", line
+    ):
         named = re.findall(r"'(\w+)'=(\d+)", match[1])
         sizes, over = [int(n) for _, n in named], re.findall(r"'(\w+)'", match[4])
         ids = (_iota(match[2], match[3] or "") if match[2] else np.arange(math.prod(sizes))).reshape(sizes)

@@ -303,7 +303,10 @@ class MoE(nnx.Module):
             ids, share = chosen = route(tokens, router, bias, c)
             ids = jnp.where(real.reshape(-1, 1), ids, c.n_routed_experts)  # padding is no expert's work
             first = jax.lax.axis_index(experts) * down.shape[1] if experts else 0
-            work = lambda tokens, ids, share: kernels.routed_experts(tokens, ids - first, share, gate_up, down, layer)
+
+            def work(tokens, ids, share, dtype):
+                return kernels.routed_experts(tokens, ids - first, share, gate_up, down, layer, dtype)
+
             if not dispatch.sends(jax.lax.axis_size(own) if own else 1, step.mesh):
                 y = dispatch.gathered(tokens, ids, share, work, own)
             else:

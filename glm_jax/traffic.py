@@ -9,9 +9,9 @@ from glm_jax.sharding import Rules, mesh_axes
 
 
 def expected(config: Config, mesh, rules: Rules, rows: int, tokens: int, slots: int, fresh: bool) -> list[Collective]:
-    """Every collective of a step in which each of `rows` rows has `tokens` new tokens, with a cache of `slots`, which is
-    empty if `fresh`. Axes of size 1 move nothing and are left out. Rules with a `width` are for training: their weights
-    come together besides."""
+    """Every collective of a step in which each of `rows` rows has `tokens` new tokens, with a cache of `slots`, which
+    is empty if `fresh`. Axes of size 1 move nothing and are left out. Rules with a `width` are for training: their
+    weights come together besides."""
     c, wide, found = config, config.dtype.itemsize, []
     rules = rules_for(mesh, rules, tokens)
     size = lambda *axes: axes_size(mesh, *axes)
@@ -66,7 +66,14 @@ def expected(config: Config, mesh, rules: Rules, rows: int, tokens: int, slots: 
             add("reduce-scatter", axis, many * D, 4, M, "each device's tokens, summed over the experts")
             many //= mesh.shape[axis]
     summed = tuple(a for a in (*experts, *mesh_axes([rules.expert_ffn])) if a not in own)
-    add("all-reduce", summed, states, wide, M, "the experts' output: each device has some, or some of their hidden units")
+    add(
+        "all-reduce",
+        summed,
+        states,
+        wide,
+        M,
+        "the experts' output: each device has some, or some of their hidden units",
+    )
     # The next token.
     if tokens > 1:
         add("all-reduce", rules.seq, B * D, wide, 1, "each row's last state")

@@ -4,6 +4,6 @@ Inside a `shard_map` every array is one device's share. Shapes: T tokens, k expe
 D model width, F expert width, M rows, N and K the sides of a matmul."""
 
 from glm_jax.kernels.few_rows import few_rows, is_few
-from glm_jax.kernels.row_tiles import grouped_matmul, routed_experts
+from glm_jax.kernels.row_tiles import grouped_matmul, routed_experts, rows_at_once
 
-__all__ = ["few_rows", "grouped_matmul", "is_few", "routed_experts"]
+__all__ = ["few_rows", "grouped_matmul", "is_few", "routed_experts", "rows_at_once"]

@@ -36,8 +36,8 @@ def grouped_matmul(
     multiply = lambda lhs, rhs, sizes, first: _grouped_matmul(heights, 1, lhs, rhs, sizes, first)
     if K % 128 == 0 or N % 128:
         return multiply(lhs, rhs, sizes, first)
-    # A TPU keeps an argument [..., N, K] with N innermost where K is no multiple of its 128 lanes and N is. In the loops
-    # it would not, and turn the whole stack around; written as [..., K, N] it lies as it is.
+    # A TPU keeps an argument [..., N, K] with N innermost where K is no multiple of its 128 lanes and N is. In the
+    # loops it would not, and turn the whole stack around; written as [..., K, N] it lies as it is.
     turned = lambda lhs, rhs, *rest: _grouped_matmul(heights, 0, lhs, rhs.swapaxes(1, 2), *rest)
     return jax.lax.platform_dependent(lhs, rhs, sizes, first, tpu=turned, default=multiply)
 
@@ -49,20 +49,26 @@ def routed_experts(
     gate_up: Float[Array, "L E 2 F D"],
     down: Float[Array, "L E D F"],
     layer: "int | Int[Array, '']" = 0,
+    dtype=jnp.float32,
 ) -> Float[Array, "T D"]:
-    """The sum over each token's experts of `share * down(silu(gate x) * up x)`, in float32.
+    """The sum over each token's experts of `share * down(silu(gate x) * up x)`, added in float32 and given as `dtype`.
 
     A token's ids differ from each other. An id outside 0..E-1 is another device's expert and adds nothing here. Many
     tokens go through in parts, so that what is held beside the weights has a bound whatever the routing."""
     (T, D), k = x.shape, ids.shape[1]
-    most = 1 << max(0, (GATHERED // (k * D)).bit_length() - 1)  # a power of two, as numbers of tokens often are
+    most = rows_at_once(k, D)
     parts = -(-T // most)
     if parts == 1:
-        return _routed(x, ids, share, gate_up, down, layer)
+        return _routed(x, ids, share, gate_up, down, layer).astype(dtype)
     each = most if T % most == 0 else -(-T // parts)
     pad = lambda a, value: jnp.pad(a, ((0, parts * each - T), (0, 0)), constant_values=value).reshape(parts, each, -1)
-    part = jax.checkpoint(lambda item: _routed(*item, gate_up, down, layer))
+    part = jax.checkpoint(lambda item: _routed(*item, gate_up, down, layer).astype(dtype))
     return jax.lax.map(part, (pad(x, 0), pad(ids, -1), pad(share, 0))).reshape(parts * each, D)[:T]
+
+
+def rows_at_once(k: int, D: int) -> int:
+    """How many tokens of k experts and width D go through at once."""
+    return 1 << max(0, (GATHERED // (k * D)).bit_length() - 1)  # a power of two, as numbers of tokens often are
 
 
 def _routed(x, ids, share, gate_up, down, layer):
@@ -78,8 +84,8 @@ def _routed(x, ids, share, gate_up, down, layer):
     h = multiply(_look_up(*_varying(x, order // k, place.reshape(T, k))), gate_up.reshape(L, E, 2 * F, D))
     gate, up = h[:, :F].astype(jnp.float32), h[:, F:].astype(jnp.float32)
     y = multiply((jax.nn.silu(gate) * up).astype(x.dtype), down)
-    y = _look_up(*_varying(y, place, order[:, None])).reshape(T, k, D).astype(jnp.float32)
-    return functools.reduce(jnp.add, (share[:, j, None].astype(jnp.float32) * y[:, j] for j in range(k)))
+    y = _look_up(*_varying(y, place, order[:, None])).reshape(T, k, D)
+    return (share[..., None].astype(jnp.float32) * y.astype(jnp.float32)).sum(1)
 
 
 @jax.custom_vjp
