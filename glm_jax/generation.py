@@ -266,8 +266,10 @@ def lower_step(model: GLM, rows: int, tokens: int, slots: int, platform: str | N
         return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(model.mesh, model.rules(*axes)))
 
     c, heads = model.config, cached_heads(model.config, model.mesh, model.rules)
-    kv = place(c.dtype, (c.num_hidden_layers, rows, heads, slots, c.head_dim), None, "batch", "heads", "slots", None)
-    row = place(np.int32, (rows,), "batch")
+    kv: Any = place(
+        c.dtype, (c.num_hidden_layers, rows, heads, slots, c.head_dim), None, "batch", "heads", "slots", None
+    )
+    row: Any = place(np.int32, (rows,), "batch")
     graph, state = nnx.split(model)
     step = jax.jit(in_mesh(_next_logits), static_argnums=(0, 5), donate_argnums=2)
     traced = step.trace(

@@ -39,7 +39,6 @@ def lint(config: Config, mesh, rules: Rules, batch: int = 1, context: int = 4096
 
 def axes_table(config: Config, mesh, rules: Rules) -> list[tuple[str, str, int, str, int]]:
     """(logical axis, mesh axes, their size, what they divide, bytes a device of the weights that they cut)."""
-    held: dict[str, int] = {}
     leaves = jax.tree_util.tree_leaves_with_path(GLM(config, mesh, rules, seed=None))
     rows = []
     for field in dataclasses.fields(rules):

@@ -7,7 +7,9 @@ import time
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh
 
+from glm_jax import dispatch
 from glm_jax.cache import cache_bytes
 from glm_jax.config import Config
 from glm_jax.errors import NoSpace, UsageError
@@ -24,7 +26,7 @@ from glm_jax.model import (
     rules_for,
     weight_path,
 )
-from glm_jax.sharding import Rules, abstract, describe, mesh_axes
+from glm_jax.sharding import Rules, abstract, describe, device_kind, mesh_axes
 from glm_jax.sharding import mesh as make_mesh
 from glm_jax.sharding import rules as make_rules
 from glm_jax.targets import GIB, GPUS, Chip, chip, platform, topology
@@ -34,6 +36,7 @@ from glm_jax.traffic import expected
 # TPU's is given net of what its runtime keeps.
 USABLE = 0.95
 FP8 = ("q", "k", "v", "o", "gate_up", "down")  # the matrices that the published FP8 checkpoints store in one byte
+ON_CHIP = 2**26  # bytes of a slice up to which a TPU keeps it in VMEM
 ADAMW = 12  # bytes a weight: its float32 copy and two float32 moments
 
 
@@ -54,21 +57,26 @@ class Needs:
         return f"{self.total / GIB:.1f} GiB ({parts})"
 
 
-def needs(config: Config, mesh, rules: Rules, batch: int = 1, context: int = 4096, fp8: bool = False) -> Needs:
+def needs(
+    config: Config, mesh, rules: Rules, batch: int = 1, context: int = 4096, fp8: bool = False, tpu=None
+) -> Needs:
     """What each device holds while generating: its weights, its share of a cache of `context` tokens for `batch` rows,
     and working memory."""
     rows = round_up(batch, axes_size(mesh, rules.batch))
     slots = round_up(context, axes_size(mesh, rules.slots))
     heads = cached_heads(config, mesh, rules)
     cache = cache_bytes(config, rows, slots, heads) // axes_size(mesh, rules.batch, rules.heads, rules.slots)
-    working = sum(working_bytes(config, mesh, rules, rows, min(context, PREFILL_CHUNK), slots).values())
+    work = lambda tokens: sum(working_bytes(config, mesh, rules, rows, tokens, slots, tpu).values())
+    working = max(work(min(context, PREFILL_CHUNK)), work(1))
     return Needs(sum(weight_bytes(config, mesh, rules, fp8).values()), cache, working)
 
 
 def weight_bytes(config: Config, mesh, rules: Rules, fp8: bool = False) -> dict[str, int]:
     """Bytes of the weights on one device, by kind. With `fp8` those that the published FP8 checkpoints quantise take a
     byte each, and two for the scale of each row."""
-    found = dict.fromkeys(("experts", "attention", "dense and shared MLPs", "embedding and head", "the rest"), 0)
+    found: dict[str, int] = dict.fromkeys(
+        ("experts", "attention", "dense and shared MLPs", "embedding and head", "the rest"), 0
+    )
     for path, leaf in jax.tree_util.tree_leaves_with_path(GLM(config, mesh, rules, seed=None)):
         name, shape = weight_path(path), leaf.sharding.shard_shape(leaf.shape)
         last = name.rsplit(".", 1)[-1]
@@ -85,26 +93,49 @@ def weight_bytes(config: Config, mesh, rules: Rules, fp8: bool = False) -> dict[
     return found
 
 
-def working_bytes(config: Config, mesh, rules: Rules, rows: int, tokens: int, slots: int) -> dict[str, int]:
-    """Bytes of XLA's temporaries on one device in the step that needs most of them, a prompt's part of `tokens` for
-    each of `rows`, by what they are. The formula is docs/sharding.md's."""
+def working_bytes(
+    config: Config, mesh, rules: Rules, rows: int, tokens: int, slots: int, tpu: bool | None = None
+) -> dict[str, int]:
+    """Bytes of XLA's temporaries on one device in a step of `tokens` for each of `rows`, by what they are, at the point
+    where they are most. The terms are buffers of the compiled program, the factors say how many of a kind XLA holds at
+    once, on a `tpu`, on a GPU, or (None) on the one that holds more: docs/sharding.md has them beside XLA's account."""
+    if tpu is None:
+        both = (working_bytes(config, mesh, rules, rows, tokens, slots, tpu) for tpu in (False, True))
+        return max(both, key=lambda parts: sum(parts.values()))
     c, wide = config, config.dtype.itemsize
     rules = rules_for(mesh, rules, tokens)
-    own = [a for a in mesh_axes([rules.experts]) if a in mesh_axes([rules.batch, rules.seq])]
-    mine = rows * tokens // axes_size(mesh, rules.batch, rules.seq)
-    group = mine * axes_size(mesh, *own)
-    D, F, k = c.hidden_size, c.moe_intermediate_size // axes_size(mesh, rules.expert_ffn), c.num_experts_per_tok
-    at_once = min(group, rows_at_once(k, D)) * k
-    B, T = rows // axes_size(mesh, rules.batch), tokens // axes_size(mesh, rules.seq)
-    N = c.num_attention_heads // axes_size(mesh, rules.heads)
-    _, block = attention_blocks(B, T, N, min(slots, tokens))
-    return {
-        "tokens of the expert group": group * D * (wide + 4) if c.moe_layers else 0,
-        "rows of the experts": at_once * (2 * D * wide + 2 * F * wide) if c.moe_layers else 0,
-        "queries, keys and values": 3 * mine * N * c.head_dim * wide,
-        "scores of a block": B * N * block * min(slots, tokens) * 6,
-        "logits": B * c.vocab_size // axes_size(mesh, rules.vocab) * 4,
+    size = lambda *axes: axes_size(mesh, *axes)
+    B, T = rows // size(rules.batch), tokens // size(rules.seq)
+    D, k, N = c.hidden_size, c.num_experts_per_tok, c.num_attention_heads // size(rules.heads)
+    states = {"states": 3 * B * T * D * wide, "logits": B * c.vocab_size // size(rules.vocab) * (wide + 4)}
+    # Attention: queries, their rotation and the result; scores in float32, and what is multiplied by the values.
+    _, block = attention_blocks(B, T, N, slots)
+    attention = {
+        "queries and heads' outputs": 3 * B * T * N * c.head_dim * wide,
+        "scores of a block": B * N * block * min(slots, max(tokens, 1)) * (4 + wide),
     }
+    # The experts: the tokens of the group, what becomes of them, and the rows that are worked on at once, in and out.
+    own = [a for a in mesh_axes([rules.experts]) if a in mesh_axes([rules.batch, rules.seq])]
+    group = B * T * size(*own)
+    F, at_once = c.moe_intermediate_size // size(rules.expert_ffn), min(group, rows_at_once(k, D)) * k
+    if dispatch.sends(size(*own), device_kind(mesh)):
+        tokens_in_and_out = group * D * wide * (4 if tpu else 2) + (0 if tpu else B * T * min(k, size(*own)) * D * wide)
+    else:
+        tokens_in_and_out = int(group * D * (1.5 * (wide + 4) if tpu else wide + 2 * 4))
+    experts = {
+        "the expert group's tokens": tokens_in_and_out,
+        "rows of the experts": at_once * ((2 if tpu else 1) * D + 2 * F) * wide,
+    }
+    # Slices of stacked weights that XLA takes out of their stack: on a TPU those alone that its on-chip memory is too
+    # small for.
+    slices = {"attention's": D * N * c.head_dim * wide}
+    if c.dense_layers > 1:
+        slices["a dense layer's"] = 2 * D * c.intermediate_size // size(rules.ffn) * wide
+    held = [n for n in slices.values() if not tpu or n > ON_CHIP]
+    weights = {"slices of weights": sum(held) if tpu else max(held)}
+    return states | max(
+        (attention if T > 1 else {}, experts if c.moe_layers else {}, weights), key=lambda p: sum(p.values())
+    )
 
 
 def device_bytes(device) -> int:
@@ -257,7 +288,7 @@ class Plan:
     def plot(self, axes=None):
         """One bar of the parts, and a line where the device's memory ends, on matplotlib's `axes` (default: new ones),
         which are returned."""
-        from matplotlib import pyplot
+        from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
         axes = pyplot.subplots(figsize=(9, 2))[1] if axes is None else axes
         left = 0.0
@@ -343,7 +374,7 @@ def _spans_hosts(mesh, axes, host: int) -> bool:
 
 def plan(
     config: Config,
-    mesh="data=1",
+    mesh: Any = "data=1",
     rules: "str | Rules" = "ep",
     batch: int = 1,
     context: int = 4096,
@@ -359,14 +390,17 @@ def plan(
     gradients in the weights' dtype, AdamW's float32 copy and moments, and the activations that are kept where each
     layer is computed again in the backward pass; no cache. `fp8` counts the matrices as the published FP8 checkpoints
     store them. Needs no devices. Raises UsageError for a mesh or rules that cannot be."""
-    by, layout = make_rules(rules), abstract(mesh) if isinstance(mesh, str) else make_mesh(mesh)
+    by, layout = make_rules(rules), make_mesh(mesh) if not isinstance(mesh, str) else abstract(mesh)
+    if device and isinstance(layout, AbstractMesh):
+        layout = abstract(describe(layout), chip(device).kind)
     check_mesh(config, layout, by)
     rows = round_up(batch, axes_size(layout, by.batch))
-    parts = _parts(config, layout, by, rows, context, train, fp8)
+    tpu = None if device is None else not _is_gpu(device)
+    parts = _parts(config, layout, by, rows, context, train, fp8, tpu)
     memory = usable(device) if device else None
     changes, cost = (), None
     if memory is not None and sum(parts.values()) > memory:
-        changes = tuple(_changes(config, layout, by, batch, context, train, fp8, memory))
+        changes = tuple(_changes(config, layout, by, batch, context, train, fp8, memory, tpu))
     if device and not train:
         gpu = _is_gpu(device)
         cost = step_cost(
@@ -398,14 +432,14 @@ def usable(device: str) -> int:
     return int(chip(device).memory * (USABLE if _is_gpu(device) else 1))
 
 
-def _parts(config, mesh, rules, rows: int, context: int, train: bool, fp8: bool) -> dict[str, int]:
+def _parts(config, mesh, rules, rows: int, context: int, train: bool, fp8: bool, tpu) -> dict[str, int]:
     weights = weight_bytes(config, mesh, rules, fp8)
     parts = {f"weights: {kind}": n for kind, n in weights.items()}
     if not train:
-        need = needs(config, mesh, rules, rows, context, fp8)
+        need = needs(config, mesh, rules, rows, context, fp8, tpu)
         return parts | {"cache": need.cache, "working memory": need.working}
     count = sum(weights.values()) // config.dtype.itemsize if not fp8 else 0
-    work = working_bytes(config, mesh, rules, rows, context, context)
+    work = working_bytes(config, mesh, rules, rows, context, context, tpu)
     mine = rows * context // axes_size(mesh, rules.batch, rules_for(mesh, rules, context).seq)
     logits = 3 * 4 * mine * config.vocab_size // axes_size(mesh, rules.vocab)  # and their softmax and its gradient
     kept = config.num_hidden_layers * mine * config.hidden_size * config.dtype.itemsize
@@ -429,14 +463,14 @@ def search(config: Config, devices: int, rules: "str | Rules" = "ep", batch: int
     return sorted(found, key=lambda p: (p.total, p.mesh))
 
 
-def _all_meshes(config: Config, rules: Rules, devices: int):
+def _all_meshes(config: Config, rules: Rules, devices: int, kind: str | None = None):
     divisors = lambda n: [d for d in range(1, n + 1) if n % d == 0]
     contexts = divisors(devices) if rules.seq or rules.slots else [1]
     for tensor in divisors(devices):
         for context in (c for c in contexts if devices // tensor % c == 0):
             for expert in divisors(devices // tensor // context):
                 data = devices // tensor // context // expert
-                layout = abstract(f"data={data},expert={expert},context={context},tensor={tensor}")
+                layout = abstract(f"data={data},expert={expert},context={context},tensor={tensor}", kind)
                 try:
                     check_mesh(config, layout, rules)
                 except UsageError:
@@ -444,18 +478,18 @@ def _all_meshes(config: Config, rules: Rules, devices: int):
                 yield layout
 
 
-def _changes(config, mesh, rules: Rules, batch: int, context: int, train: bool, fp8: bool, memory: int):
+def _changes(config, mesh, rules: Rules, batch: int, context: int, train: bool, fp8: bool, memory: int, tpu):
     """What would fit, as flags: each change alone, and how much it needs."""
 
     def total(layout, by=rules, rows=batch, tokens=context, small=fp8):
         padded = round_up(rows, axes_size(layout, by.batch))
-        return sum(_parts(config, layout, by, padded, tokens, train, small).values())
+        return sum(_parts(config, layout, by, padded, tokens, train, small, tpu).values())
 
     said = lambda layout, n: f"--mesh {describe(layout)} ({n / GIB:.1f} GiB)"
 
     def first(devices: int):
         """Of the meshes of so many devices that fit one with the least over `tensor`, which talks in every matrix."""
-        fits = ((layout, total(layout)) for layout in _all_meshes(config, rules, devices))
+        fits = ((layout, total(layout)) for layout in _all_meshes(config, rules, devices, device_kind(mesh) or None))
         order = lambda found: (found[0].shape["tensor"], found[0].shape["context"], found[0].shape["data"])
         return min((f for f in fits if f[1] <= memory), key=order, default=None)
 
@@ -494,7 +528,7 @@ def compiled_steps(
         seconds, got = time.perf_counter() - began, report(program, model.mesh)
         on, gpu = chip(topology_name), _is_gpu(topology_name)
         cost = step_cost(model.config, model.mesh, rules, planned.batch, tokens, slots, on, gpu=gpu)
-        expects = sum(working_bytes(model.config, model.mesh, rules, planned.batch, tokens, slots).values())
+        expects = sum(working_bytes(model.config, model.mesh, rules, planned.batch, tokens, slots, not gpu).values())
         moved: dict[str, list[int]] = {}
         for c in got.collectives:
             entry = moved.setdefault(f"{c.kind} over {'*'.join(c.axes)}", [0, 0])

@@ -20,6 +20,7 @@ class Chip:
     A TPU v4 and a 7x show two devices a chip, so theirs are half a chip's. `link` is what a device can send to its
     neighbours: all links of a TPU's torus, NVLink. `network` is what it can send to another host or slice."""
 
+    kind: str  # what it calls itself
     memory: int  # bytes
     bandwidth: float  # bytes a second, of the memory
     bf16: float  # FLOP a second
@@ -33,21 +34,21 @@ class Chip:
 # as usable, 84,978,434,048 bytes), a 400 Gb/s adapter for each device. TPU: Google's documentation of each generation;
 # memory as the compiler says when a program is too large for it ("exceeds available HBM (15.75G)"), where it says so.
 CHIPS = {
-    "a100": Chip(80 * 10**9, 2.04e12, 312e12, 312e12, 300e9, 25e9, 8),
-    "h100": Chip(84_978_434_048, 3.35e12, 989e12, 1979e12, 450e9, 50e9, 8),
-    "h200": Chip(141 * 10**9, 4.8e12, 989e12, 1979e12, 450e9, 50e9, 8),
-    "b200": Chip(180 * 10**9, 8e12, 2250e12, 4500e12, 900e9, 50e9, 8),
-    "v4": Chip(16 * GIB, 0.615e12, 137e12, 137e12, 135e9, 3.1e9, 8),
-    "v5e": Chip(int(15.75 * GIB), 0.819e12, 197e12, 197e12, 200e9, 3.1e9, 4),
-    "v5p": Chip(int(95.74 * GIB), 2.765e12, 459e12, 459e12, 600e9, 6.2e9, 4),
-    "v6e": Chip(int(31.25 * GIB), 1.64e12, 918e12, 918e12, 448e9, 12.5e9, 4),
-    "7x": Chip(96 * 10**9, 3.69e12, 1154e12, 2307e12, 600e9, 12.5e9, 8),
+    "a100": Chip("NVIDIA A100-SXM4-80GB", 80 * 10**9, 2.04e12, 312e12, 312e12, 300e9, 25e9, 8),
+    "h100": Chip("NVIDIA H100 80GB HBM3", 84_978_434_048, 3.35e12, 989e12, 1979e12, 450e9, 50e9, 8),
+    "h200": Chip("NVIDIA H200", 141 * 10**9, 4.8e12, 989e12, 1979e12, 450e9, 50e9, 8),
+    "b200": Chip("NVIDIA B200", 180 * 10**9, 8e12, 2250e12, 4500e12, 900e9, 50e9, 8),
+    "v4": Chip("TPU v4", 16 * GIB, 0.615e12, 137e12, 137e12, 135e9, 3.1e9, 8),
+    "v5e": Chip("TPU v5 lite", int(15.75 * GIB), 0.819e12, 197e12, 197e12, 200e9, 3.1e9, 4),
+    "v5p": Chip("TPU v5", int(95.74 * GIB), 2.765e12, 459e12, 459e12, 600e9, 6.2e9, 4),
+    "v6e": Chip("TPU v6 lite", int(31.25 * GIB), 1.64e12, 918e12, 918e12, 448e9, 12.5e9, 4),
+    "7x": Chip("TPU7x", 96 * 10**9, 3.69e12, 1154e12, 2307e12, 600e9, 12.5e9, 8),
 }
-GPUS = {  # compute capability, multiprocessors, L2 bytes, shared memory a block
-    "a100": ((8, 0), 108, 40 << 20, 166_912, "NVIDIA A100-SXM4-80GB"),
-    "h100": ((9, 0), 132, 50 << 20, 232_448, "NVIDIA H100 80GB HBM3"),
-    "h200": ((9, 0), 132, 50 << 20, 232_448, "NVIDIA H200"),
-    "b200": ((10, 0), 148, 126 << 20, 232_448, "NVIDIA B200"),
+GPUS = {  # compute capability, multiprocessors, bytes of the L2 cache, and of shared memory for a block
+    "a100": ((8, 0), 108, 40 << 20, 166_912),
+    "h100": ((9, 0), 132, 50 << 20, 232_448),
+    "h200": ((9, 0), 132, 50 << 20, 232_448),
+    "b200": ((10, 0), 148, 126 << 20, 232_448),
 }
 
 
@@ -107,7 +108,7 @@ def _gpus(topologies, kind: str, count: int):
             f"--topology {kind}:{count} needs jax's CUDA plugin, which compiles without a GPU: pip install --no-deps "
             f"{wheels} (the plugin's version is jax's, {jax.__version__})"
         )
-    (major, minor), cores, cache, shared, description = GPUS[kind]
+    (major, minor), cores, cache, shared = GPUS[kind]
     hosts = -(-count // CHIPS[kind].host)
     if count % hosts:
         raise UsageError(f"--topology {kind}:{count}: more than {CHIPS[kind].host} devices come in whole hosts of them")
@@ -125,7 +126,7 @@ gpu_device_info {{
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 28 patch: 1 }}
 runtime_version {{ major: 13 }}
-device_description_str: "{description}"
+device_description_str: "{CHIPS[kind].kind}"
 """
     shape = f"1x{hosts}x{count // hosts}"
     try:
