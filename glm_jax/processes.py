@@ -94,6 +94,7 @@ class _Job:
 
 
 _job: _Job | None = None
+stderr = 2  # where this process's last words go
 
 
 def start(
@@ -238,11 +239,11 @@ def catch_signals() -> None:
     job = _job
     ours, wakeup = socket.socketpair()
     wakeup.setblocking(False)
-    seen: list[int] = []
+    seen: list[float] = []
     before = signal.getsignal(signal.SIGINT)
 
     def handler(number, frame):
-        seen.append(number)
+        seen.append(time.monotonic())
         if callable(before):
             return before(number, frame)
         raise KeyboardInterrupt
@@ -256,9 +257,9 @@ def catch_signals() -> None:
         while number := ours.recv(1):
             if number[0] not in (signal.SIGINT, signal.SIGTERM):
                 continue
-            known = len(seen)
+            since = time.monotonic() - GRACE / 2
             time.sleep(2 * GRACE)
-            if len(seen) == known and not job.ending.is_set() and not seen:
+            if not job.ending.is_set() and not (seen and seen[-1] > since):
                 fail("interrupted", interrupted=True)
                 _leave("interrupted", 130)
 
@@ -268,7 +269,7 @@ def catch_signals() -> None:
 def _leave(words: str | None, code: int) -> None:
     if words is not None:
         with contextlib.suppress(Exception):
-            sys.stderr.write(f"glm-jax: {words}\n")
+            os.write(stderr, f"glm-jax: {words}\n".encode())
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
