@@ -89,7 +89,7 @@ def folder(tmp_path_factory):
 
 
 def test_two_processes_answer_as_one_and_one_prints(folder, capfd):
-    argv = ("generate", "-m", folder, "-p", "the tool", "--max-tokens", "4", "--raw", "--json")
+    argv = ("generate", "-m", folder, "-p", "a", "--max-tokens", "4", "--raw", "--json")  # of one token: one program
     first, second = glm_jax(*argv, "--mesh", "expert=4,tensor=2")
     assert first[0] == second[0] == 0, first[2] + second[2]
     assert second[1:] == ("", "")
