@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glm_jax import processes
 from glm_jax.config import Config
 from glm_jax.convert.safetensors import Tensor, write_folder
 from glm_jax.errors import BadInput
 from glm_jax.model import GLM, fill, weight_path
-from glm_jax.processes import everywhere, exchange, index
+from glm_jax.processes import everywhere, exchange
 from glm_jax.sharding import auto
 
 # Our weight -> the tensor's name, and its axes as ours: "(n h)" is one axis of theirs that holds two of ours.
@@ -285,7 +286,7 @@ def _read(row: Row, index, dtype, tensors, pool) -> np.ndarray:
 def save_weights(model: GLM, folder: str | Path, shard_bytes: int = 5_000_000_000) -> list[Path]:
     """Writes the weights as Hugging Face safetensors, a layer of one weight in host memory at a time."""
     leaves = {weight_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
-    if index():  # of several processes the first writes, and the others help it to what their devices hold
+    if processes.index():  # of several processes the first writes, and the others help it to what their devices hold
         while order := exchange(None)[0]:
             path, *at = order
             _fetch(leaves[path], *at)

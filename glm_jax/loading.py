@@ -193,7 +193,9 @@ def save(model: GLM, folder: "str | Path", tokenizer: "Tokenizer | None" = None)
     process 0 writes."""
     folder = Path(folder)
     if count() == 1 and getattr(model.mesh, "is_multi_process", False):
-        raise UsageError("save: the processes know nothing of each other: call glm_jax.processes.start() in each, first")
+        raise UsageError(
+            "save: the processes know nothing of each other: call glm_jax.processes.start() first, in each"
+        )
     with agreed():
         if index() == 0:
             _check_destination(folder)

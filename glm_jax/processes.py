@@ -545,11 +545,12 @@ def _cluster(coordinator: str | None, processes: int | None, wait: float) -> Pla
     # A shell of sbatch or salloc has the variables of the job, but is a step of one task.
     if (tasks := _number("SLURM_STEP_NUM_TASKS") or 1) > 1 and "SLURM_PROCID" in env:
         each = max(map(int, re.findall(r"(?:^|,)(\d+)", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))), default=1)
-        return _ask_jax("slurm", coordinator, tasks, int(env["SLURM_PROCID"]), _own_devices(each, "SLURM_LOCALID"), wait)
+        devices = _own_devices(each, "SLURM_LOCALID")
+        return _ask_jax("slurm", coordinator, tasks, int(env["SLURM_PROCID"]), devices, wait)
     if (ranks := _number("OMPI_COMM_WORLD_SIZE") or 1) > 1:
         each = _number("OMPI_COMM_WORLD_LOCAL_SIZE") or 1
         devices = _own_devices(each, "OMPI_COMM_WORLD_LOCAL_RANK")
-        method = "ompi" if "OMPI_MCA_orte_hnp_uri" in env else "mpi4py"  # Open MPI 5 no longer says where it was started
+        method = "ompi" if "OMPI_MCA_orte_hnp_uri" in env else "mpi4py"  # Open MPI 5 says not where it was started
         if method == "mpi4py" and coordinator is None and importlib.util.find_spec("mpi4py") is None:
             raise UsageError("mpirun: give --coordinator HOST:PORT of rank 0, or install mpi4py, which asks for it")
         return _ask_jax(method, coordinator, ranks, int(env["OMPI_COMM_WORLD_RANK"]), devices, wait)
