@@ -292,15 +292,16 @@ def _at_exit() -> None:
 def placed(tree: Any, sharding):
     """Host arrays, the same in every process, or arrays of the devices, with that sharding."""
     import jax
+    from jax.core import Tracer
 
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
-    traced = isinstance(jax.numpy.zeros(()), jax.core.Tracer)
+    traced = isinstance(jax.numpy.zeros(()), Tracer)
 
     def place(a):  # jax.device_put would first gather a host array from all processes, to see that it is the same
-        if traced or isinstance(a, jax.core.Tracer) or not getattr(a, "is_fully_addressable", True):
+        if traced or isinstance(a, Tracer) or not getattr(a, "is_fully_addressable", True):
             return jax.device_put(a, sharding)
-        if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+        if jax.numpy.issubdtype(a.dtype, jax.dtypes.prng_key):
             words = place(jax.random.key_data(a))
             return jax.random.wrap_key_data(words, impl=jax.random.key_impl(a))
         host = numpy.asarray(a)

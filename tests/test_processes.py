@@ -492,3 +492,34 @@ def test_two_processes_of_a_launcher_find_each_other(launcher, tmp_path):
     with started(*([sys.executable, "-c", code, "done"],) * 2, envs=envs) as children:
         answers = ended(children, 60)
     assert [(code, error) for code, _, error in answers] == [(0, ""), (0, "")]
+
+
+# ---- the page
+
+
+def page(name: str) -> str:
+    """A block of docs/processes.md that is marked to be run."""
+    text = (ROOT / "docs/processes.md").read_text()
+    (block,) = re.findall(rf"<!-- test: {name} -->\n```\w+\n(.*?)```", text, re.S)
+    return block
+
+
+@pytest.mark.slow
+def test_the_pages_commands_do_what_it_says(tmp_path):
+    command = tmp_path / "glm-jax"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m glm_jax "$@"\n')
+    command.chmod(0o755)
+    code = page("generate").replace("12345", str(free_port()))
+    with started(["bash", "-c", code], envs=[{"PATH": f"{tmp_path}:{os.environ['PATH']}"}]) as children:
+        ((code, out, error),) = ended(children)
+    assert code == 0 and out.strip(), error
+    assert error.count("generation:  8 tokens") == 1
+    with script(page("start")) as children:
+        answers = ended(children, 60)
+    assert [(c, o) for c, o, _ in answers] == [(0, f"process {i} of 2: 4 of 8 devices\n") for i in (0, 1)]
+
+
+def test_every_block_of_the_page_is_run_or_needs_a_cluster():
+    text = (ROOT / "docs/processes.md").read_text()
+    blocks = re.findall(r"(<!-- test: \w+ -->\n)?```(\w+)\n(.*?)```", text, re.S)
+    assert all(mark or re.search("srun|ssh|JobSet", block) for mark, _, block in blocks) and len(blocks) == 6
