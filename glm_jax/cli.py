@@ -23,7 +23,7 @@ INTERRUPTED, IO_ERROR = 130, 74
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line and returns its exit code: 0 done, 1 failed, 2 usage, or the error's own for a bad folder."""
     args = _parser().parse_args(argv)
-    interrupted = False
+    interrupted, quiet = False, args.quiet
     with contextlib.ExitStack() as stack:
         if args.quiet:  # XLA and absl write to the file descriptor, not to sys.stderr
             processes.stderr = stack.enter_context(_silent_stderr())
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
             processes.finish()
             return code
         except KeyboardInterrupt:
-            interrupted, code, failure = True, INTERRUPTED, "" if args.quiet else "\nglm-jax: interrupted\n"
+            interrupted, code, failure = True, INTERRUPTED, "" if quiet else "\nglm-jax: interrupted\n"
         except BrokenPipeError:  # the reader of our output has gone, as `| head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code, failure = 1, ""
@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> int:
             failure = f"glm-jax: the device's memory is full ({first[:200]}); {advice}\n" if code != 1 else ""
             failure = failure or f"glm-jax: {type(error).__name__}: {first} (--debug shows where; please report it)\n"
     if processes.count() > 1:
-        own = failure.strip().removeprefix("glm-jax: ") or "its output was closed"
-        words = processes.fail("interrupted" if interrupted else own, interrupted)
+        own = "interrupted" if interrupted else failure.strip().removeprefix("glm-jax: ") or "its output was closed"
+        words = processes.fail(own, interrupted)
         failure, code = ("" if words is None else failure, code) if words in (None, own) else (f"glm-jax: {words}\n", 1)
     sys.stderr.write(failure)  # also with --quiet: an error is not chatter
     processes.leave(code)  # if there are others
