@@ -25,6 +25,7 @@ from glm_jax import dispatch, kernels
 from glm_jax.cache import Cache, write
 from glm_jax.config import Config
 from glm_jax.errors import UsageError
+from glm_jax.processes import everywhere, placed
 from glm_jax.sharding import Rules, auto, describe, device_kind, mesh_axes
 from glm_jax.sharding import mesh as make_mesh
 from glm_jax.sharding import rules as make_rules
@@ -418,10 +419,10 @@ class GLM(nnx.Module):
             if not is_traced(cache.length):
                 if cache.length.is_deleted():
                     raise UsageError("this cache is spent: go on with the one that the call it was given to returned")
-                _check_room(int(np.max(cache.length)), T, cache.size)
+                _check_room(int(np.max(everywhere(cache.length))), T, cache.size)
         ids = (jnp if isinstance(ids, Tracer) else np).pad(ids, ((0, rows - B), (0, width - T)))
         # Placed, so that no part of the computation is left without an array that says which devices it runs on.
-        ids = jax.device_put(ids, jax.NamedSharding(self.mesh, rules("batch", "seq")))
+        ids = placed(ids, jax.NamedSharding(self.mesh, rules("batch", "seq")))
         graph, state = nnx.split(self)
         advance = np.where(np.arange(rows) < B, T, 0).astype(np.int32)
         logits, cache = _call(graph, state, ids, cache, advance, is_traced(self))
