@@ -23,7 +23,7 @@ LADDER = [
     ["weights", "kernels", "cache", "dispatch"],
     ["model"],
     ["convert", "checkpoint", "losses", "sample", "parsing", "tokenizer", "data"],
-    ["planner", "loading", "generation", "inspect", "demo"],
+    ["targets", "hlo", "planner", "loading", "generation", "inspect", "demo"],
     ["cli", "__main__"],
 ]
 NEVER = {"kernels": {"sharding", "config"}}  # arrays in, arrays out
