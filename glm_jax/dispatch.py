@@ -20,8 +20,8 @@ Work = Callable[..., jax.Array]  # (tokens, ids, share, dtype of the sum)
 
 def sends(devices: int, mesh) -> bool:
     """Whether the tokens of groups of so many devices are sent, not gathered."""
-    kind = "" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].device_kind
-    return devices > GATHERED and kind not in NEVER_SENT
+    device = mesh.abstract_device if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0]
+    return devices > GATHERED and getattr(device, "device_kind", "") not in NEVER_SENT
 
 
 def gathered(tokens, ids, share, work: Work, axes: tuple[str, ...]):

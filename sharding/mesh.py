@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from glm_jax.errors import UsageError
 
@@ -35,9 +35,12 @@ def mesh(
     return Mesh(_ordered(devices, sizes), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def abstract(spec: str) -> AbstractMesh:
-    """`abstract("expert=64")`: a mesh of any size and no devices, to plan and to type on."""
-    return AbstractMesh(tuple(mesh_sizes(spec).values()), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+def abstract(spec: str, kind: str = "") -> AbstractMesh:
+    """`abstract("expert=64")`: a mesh of any size and no devices, to plan and to type on; of devices of a `kind` where
+    that is known, as "TPU v5 lite"."""
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform="") if kind else None
+    explicit = (AxisType.Explicit,) * len(AXES)
+    return AbstractMesh(tuple(mesh_sizes(spec).values()), AXES, axis_types=explicit, abstract_device=device)
 
 
 def mesh_sizes(spec: str) -> dict[str, int]:
@@ -80,7 +83,7 @@ def _adopt(mesh: "Mesh | AbstractMesh") -> "Mesh | AbstractMesh":
         raise UsageError(f"a mesh's axes are {', '.join(AXES)}, or some of them; this one has {unknown[0]!r}")
     explicit, shape = (AxisType.Explicit,) * len(AXES), tuple(mesh.shape.get(name, 1) for name in AXES)
     if isinstance(mesh, AbstractMesh):
-        return AbstractMesh(shape, AXES, axis_types=explicit)
+        return AbstractMesh(shape, AXES, axis_types=explicit, abstract_device=mesh.abstract_device)
     order = [mesh.axis_names.index(name) for name in AXES if name in mesh.axis_names]
     return Mesh(mesh.devices.transpose(order).reshape(shape), AXES, axis_types=explicit)
 
