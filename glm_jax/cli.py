@@ -281,22 +281,23 @@ def _table(headings, rows) -> None:
 
 
 def _config(args: argparse.Namespace):
-    """The Config that --model names, a preset, a folder or a Hub id, with --dtype and --layers; and its name."""
+    """The Config that --model names, a preset, a folder, a config.json or a Hub id, with --dtype and --layers; and its
+    name."""
     import jax
 
-    from glm_jax.config import PRESETS, preset
+    from glm_jax.config import PRESETS, Config, preset
     from glm_jax.convert.hub import fetch
     from glm_jax.loading import DEMO, read_config
     from glm_jax.planner import first_layers
 
     name = args.model or str(DEMO)
-    dtype = None if args.dtype == "fp8" else args.dtype
-    if name.lower() in PRESETS and not Path(name).exists():
-        config = preset(name)
-        config = dataclasses.replace(config, dtype=jax.numpy.dtype(dtype)) if dtype else config
-        return (first_layers(config, args.layers) if args.layers is not None else config), name
-    folder = fetch(name, **{key: getattr(args, key) for key in ("revision", "token", "offline")})
-    return read_config(folder, dtype, args.layers)[0], name if args.model else "the demo model"
+    dtype, path = None if args.dtype == "fp8" else args.dtype, Path(name).expanduser()
+    if not path.is_file() and (path.exists() or name.lower() not in PRESETS):
+        folder = fetch(name, **{key: getattr(args, key) for key in ("revision", "token", "offline")})
+        return read_config(folder, dtype, args.layers)[0], name if args.model else "the demo model"
+    config = Config.read(path) if path.is_file() else preset(name)
+    config = dataclasses.replace(config, dtype=jax.numpy.dtype(dtype)) if dtype else config
+    return (first_layers(config, args.layers) if args.layers is not None else config), name
 
 
 class _Parser(argparse.ArgumentParser):

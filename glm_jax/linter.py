@@ -176,10 +176,11 @@ def _replicated(config: Config, mesh, rules: Rules, batch: int, context: int, fp
     on_device = cache_on_device(config, mesh, rules, rows, slots)
     if heads > K:
         cut = axes_size(mesh, *kv_axes(config, mesh, rules))
+        held = f"cut {cut} ways" if cut > 1 else "whole on each device"
         text = (
-            f"{K} KV heads over {devices} devices: the cache holds {heads} heads, each {heads // K} times, and the k and "
-            + (f"v weights are cut {cut} ways" if cut > 1 else "v weights are whole on each device")
+            f"{K} KV heads over {devices} devices: the cache holds {heads} heads, each {heads // K} times, and the k "
         )
+        text += f"and v weights are {held}"
         add(text, on_device * (heads - K) // heads, f"{math.gcd(K, devices)} devices over heads repeat none")
     idle = [a for a in mesh.shape if mesh.shape[a] > 1 and a not in mesh_axes([rules.batch, rules.heads, rules.slots])]
     if idle:

@@ -78,7 +78,7 @@ def weight_bytes(config: Config, mesh, rules: Rules, fp8: bool = False) -> dict[
     """Bytes of the weights on one device, by kind. With `fp8` the matrices that the published FP8 checkpoints quantise
     take a byte a weight and a float32 scale for each output."""
     kinds = ("experts", "attention", "dense and shared MLPs", "embedding and head", "MTP layer", "norms and routers")
-    found = dict.fromkeys(kinds, 0)
+    found: dict[str, int] = {kind: 0 for kind in kinds}
     for path, leaf in jax.tree_util.tree_leaves_with_path(GLM(config, mesh, rules, seed=None)):
         name = weight_path(path)
         found[_kind(name)] += held_bytes(name, leaf, fp8)
@@ -238,18 +238,15 @@ def first_layers(config: Config, layers: int) -> Config:
 
 
 def _other_meshes(config: Config, mesh, rules: Rules, memory: int, total: Total) -> Iterator[str]:
-    """A mesh of as many devices that fits, and one of the least power of two times as many that does."""
+    """A mesh of as many devices that fits, and one of more: of the fewest, in powers of two or such times as many."""
     kind = getattr(getattr(mesh, "abstract_mesh", mesh).abstract_device, "device_kind", "")
-    tried = 0
-    for devices in (mesh.size * 2**n for n in range(13)):
+    more = {2**n for n in range(13)} | {mesh.size * 2**n for n in range(13)}
+    for devices in sorted(n for n in more if mesh.size <= n <= max(mesh.size, 4096)):
         best = best_mesh(config, rules, devices, memory, total, kind)
-        tried += 1
         if best and best[1] <= memory:
             yield f"--mesh {describe(best[0])} ({best[1] / GIB:.1f} GiB, {devices} devices)"
-            if tried > 1:
+            if devices > mesh.size:
                 return
-        if devices >= 4096:
-            return
 
 
 def _most(fits: Callable[[int], bool], high: int, step: int = 1) -> int:
