@@ -56,8 +56,8 @@ def write(stack: jax.Array, new: jax.Array, layer: jax.Array, start: jax.Array) 
         old = jax.lax.dynamic_slice(stack, where, (1, 1, K, window, H))
         mine = new[b].at[jnp.clip(source, 0, T - 1)].get(mode="promise_in_bounds").swapaxes(0, 1).astype(stack.dtype)
         inside = (source >= 0) & (source < T)
-        return jax.lax.dynamic_update_slice(stack, jnp.where(inside[:, None], mine, old[0, 0])[None, None], where)
+        stack = jax.lax.dynamic_update_slice(stack, jnp.where(inside[:, None], mine, old[0, 0])[None, None], where)
+        # Without this XLA may keep a loop's cache in another order and copy the whole of it on the way in and out.
+        return with_layout_constraint(stack, Layout((0, 1, 2, 3, 4)))
 
-    stack = row(0, stack) if B == 1 else jax.lax.fori_loop(0, B, row, stack)
-    # Without this XLA may keep the scan's cache in another order and copy the whole of it on the way in and out.
-    return with_layout_constraint(stack, Layout((0, 1, 2, 3, 4)))
+    return row(0, stack) if B == 1 else jax.lax.fori_loop(0, B, row, stack)

@@ -1,0 +1,121 @@
+"""Every preset on meshes of 1 to 16 CPU devices against one device, in float32: logits, generated tokens (three prompts
+and one), the loss, its gradients and the experts' load.
+
+    python benchmarks/every_mesh.py              all cases, a process for each number of devices; writes results/
+    python benchmarks/every_mesh.py --devices 16 --case expert=16/ep
+
+Differences are in standard deviations of what they should be: root mean square and largest."""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CASES = {
+    1: ["data=1/ep", "data=1/latency", "data=1/tp", "data=1/fsdp", "data=1/long"],
+    2: ["expert=2/ep", "expert=2/latency", "tensor=2/tp", "data=2/fsdp", "context=2/long"],
+    4: [
+        "expert=2,tensor=2/ep",
+        "expert=2,tensor=2/latency",
+        "tensor=4/tp",
+        "data=2,expert=2/fsdp",
+        "expert=2,context=2/long",
+    ],
+    8: [
+        "expert=8/ep",
+        "data=2,expert=2,tensor=2/ep",
+        "expert=4,tensor=2/latency",
+        "data=2,tensor=4/tp",
+        "data=2,expert=2,tensor=2/fsdp",
+        "expert=2,context=2,tensor=2/long",
+    ],
+    16: [
+        "expert=16/ep",
+        "data=2,expert=4,tensor=2/ep",
+        "data=2,expert=2,tensor=4/latency",
+        "data=4,tensor=4/tp",
+        "data=2,expert=4,tensor=2/fsdp",
+        "expert=8,context=2/long",
+    ],
+}
+
+
+def run(devices: int, cases: list[str]) -> None:
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import numpy as np
+    from golden import far
+    from test_model import IDS, gradients, made
+
+    from glm_jax import generate_ids
+
+    def rms(ours, theirs):
+        theirs = np.asarray(theirs, np.float64)
+        return float(np.sqrt(np.mean((np.asarray(ours) - theirs) ** 2)) / max(theirs.std(), 1e-30))
+
+    rows, prompts = np.resize(IDS, (16, 16)), [[1, 2, 3], [4] * 9, [7] * 30]
+    one = made("all the parts")
+    logits, tokens = np.asarray(one(IDS)[0]), generate_ids(one, prompts, max_tokens=6)
+    value, metrics, grads = gradients(one, rows, mtp_weight=0.3)
+    for case in cases:
+        began, (at, by) = time.perf_counter(), case.split("/")
+        model = made("all the parts", at, by)
+        ours, (loss, load, got) = model(IDS)[0], gradients(model, rows, mtp_weight=0.3)
+        line = {
+            "devices": devices,
+            "mesh": at,
+            "rules": by,
+            "logits_rms": rms(ours, logits),
+            "logits_max": far(ours, logits),
+            "tokens_equal": generate_ids(model, prompts, max_tokens=6) == tokens
+            and generate_ids(model, prompts[:1], max_tokens=6) == tokens[:1],
+            "loss_difference": abs(loss - value),
+            "gradients_rms": max(rms(got[path], g) for path, g in grads.items()),
+            "gradients_max": max(far(got[path], g) for path, g in grads.items()),
+            "load_equal": all(np.array_equal(load[key], metrics[key]) for key in ("load", "mtp_load")),
+            "unused_experts": int((np.asarray(metrics["load"]) == 0).sum()),
+            "seconds": round(time.perf_counter() - began, 1),
+        }
+        print(json.dumps(line), flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--devices", type=int, choices=CASES)
+    parser.add_argument("--case", action="append", help="MESH/RULES (default: all for so many devices)")
+    args = parser.parse_args()
+    if args.devices:
+        run(args.devices, args.case or CASES[args.devices])
+        return 0
+    lines = []
+    for devices in CASES:
+        command = [sys.executable, __file__, "--devices", str(devices)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        lines += [json.loads(line) for line in done.stdout.splitlines()]
+        print(done.stdout, end="", flush=True)
+    import jax
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    about = {"commit": commit, "jax": jax.__version__, "python": platform.python_version()}
+    path = ROOT / "benchmarks/results/every_mesh.jsonl"
+    path.write_text("".join(json.dumps(about | line) + "\n" for line in lines))
+    right = all(
+        line["tokens_equal"] and line["load_equal"] and max(line["logits_rms"], line["gradients_rms"]) < 1e-5
+        for line in lines
+    )
+    print(
+        f"{len(lines)} cases, {'all as one device' if right else 'NOT ALL RIGHT'}; written to {path.relative_to(ROOT)}"
+    )
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,397 @@
+"""Rules and meshes, the collectives of a step by formula and in the program, tokens sent to their experts, and every
+preset against one device."""
+
+import collections
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden import far
+from jax.sharding import AbstractMesh, AxisType, Mesh
+from test_model import IDS, gradients, made
+
+from glm_jax import GLM, dispatch, generate_ids
+from glm_jax.cache import write
+from glm_jax.config import preset, tiny
+from glm_jax.errors import UsageError
+from glm_jax.generation import lower_step
+from glm_jax.hlo import Collective, collectives, large_buffers, sent_bytes
+from glm_jax.model import cached_heads, check_mesh, kv_axes
+from glm_jax.sharding import AXES, PRESETS, Rules, abstract, default_sizes, describe, mesh, rules
+from glm_jax.sharding.mesh import _ordered, across
+from glm_jax.traffic import expected
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# ---- meshes and rules
+
+
+@pytest.mark.parametrize(
+    "devices, want", [(1, (1, 1)), (6, (3, 2)), (7, (7, 1)), (8, (1, 8)), (64, (2, 32)), (96, (3, 32))]
+)
+def test_a_default_for_any_count(devices, want):
+    sizes = default_sizes(devices)
+    assert (sizes["data"], sizes["expert"]) == want and sizes["tensor"] == sizes["context"] == 1
+
+
+def test_a_mesh_of_all_devices_and_one_of_no_devices():
+    assert mesh().shape == {"data": 1, "expert": 8, "context": 1, "tensor": 1}
+    at = abstract("expert=64,tensor=2")
+    assert isinstance(at, AbstractMesh) and at.size == 128 and describe(at) == "expert=64,tensor=2"
+    with pytest.raises(UsageError, match="needs 128 devices, there are 8"):
+        mesh("expert=64,tensor=2")
+
+
+def test_a_mesh_of_some_axes_in_another_order():
+    devices = np.array(jax.devices()).reshape(2, 4)
+    ours = mesh(Mesh(devices, ("tensor", "expert"), axis_types=(AxisType.Auto,) * 2))
+    assert ours.axis_names == AXES and describe(ours) == "expert=4,tensor=2"
+    assert (ours.devices.reshape(4, 2) == devices.T).all()
+    with pytest.raises(UsageError, match="'x'"):
+        mesh(Mesh(devices, ("x", "expert")))
+
+
+def fake(i, slice_index, process):
+    """A TPU v4 by what a mesh asks of it: two slices of 2x2 chips with one device each."""
+    place = divmod(i % 4, 2)
+    return SimpleNamespace(
+        id=i, platform="tpu", device_kind="TPU v4", slice_index=slice_index, process_index=process,
+        coords=(*place, 0), core_on_chip=0,
+    )  # fmt: skip
+
+
+def test_slices_go_to_the_outer_axes():
+    devices = [fake(i, i // 4, i // 4) for i in range(8)]
+    at = _ordered(devices, {"data": 2, "expert": 2, "context": 1, "tensor": 2})
+    assert at.shape == (2, 2, 1, 2)
+    assert [{d.slice_index for d in part.flat} for part in at] == [{0}, {1}]  # data between, the rest within
+    at = _ordered(devices, {"data": 1, "expert": 4, "context": 1, "tensor": 2})
+    assert [{d.slice_index for d in part.flat} for part in at[0]] == [{0}, {0}, {1}, {1}]
+    assert across({"data": 2, "expert": 4, "context": 1, "tensor": 8}, 8) == (2, 4, 1, 1)
+    with pytest.raises(UsageError, match="cannot be laid over 3 slices: make one of its axes a multiple of 3"):
+        across({"data": 2, "expert": 4, "context": 1, "tensor": 8}, 3)
+
+
+def test_hosts_go_one_after_the_other():
+    devices = [SimpleNamespace(id=i, platform="gpu", process_index=1 - i // 4, slice_index=None) for i in range(8)]
+    at = _ordered(devices, {"data": 1, "expert": 2, "context": 1, "tensor": 4})
+    assert [{d.process_index for d in part.flat} for part in at[0]] == [{0}, {1}]
+
+
+def test_what_is_left_of_the_width():
+    by = rules("fsdp")
+    assert by("experts", None, "expert_ffn", "width") == jax.P("expert", None, "tensor", ("data",))
+    assert by("heads", None, "width") == jax.P("tensor", None, ("data", "expert"))
+    assert rules("ep")("heads", None, "width") == jax.P("tensor", None, None)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"ffn": "expert"}, r"the hidden units of an MLP over 'expert' \(expert=4\) twice: batch=.* and ffn='expert'"),
+        ({"experts": "tensor"}, r"the experts' weights over 'tensor' \(tensor=2\) twice: experts=.* and expert_ffn="),
+        ({"slots": "expert"}, r"the cache over 'expert' \(expert=4\) twice: batch=.* and slots='expert'"),
+        ({"heads": "model"}, "the rule heads names 'model', the mesh has data, expert, context, tensor"),
+    ],
+)
+def test_a_wrong_rule_fails_before_anything_is_made(changes, said):
+    before = jax.live_arrays()
+    with pytest.raises(UsageError, match=said):
+        GLM(tiny(), "expert=4,tensor=2", Rules(**changes))
+    assert len(jax.live_arrays()) == len(before)
+
+
+# ---- KV heads
+
+
+@pytest.mark.parametrize(
+    "at, by, weights, cached",
+    [
+        ("tensor=8", "ep", ("tensor",), 8),
+        ("tensor=16", "ep", (), 16),
+        ("tensor=3", "ep", (), 24),
+        ("expert=8,tensor=2", "latency", ("expert",), 16),
+        ("expert=4,tensor=2", "latency", ("expert", "tensor"), 8),
+    ],
+)
+def test_kv_heads_over_more_devices_than_there_are(at, by, weights, cached):
+    config = preset("glm-4.6")
+    assert kv_axes(config, abstract(at), rules(by)) == weights
+    assert cached_heads(config, abstract(at), rules(by)) == cached
+
+
+def test_queries_that_would_read_parts_of_kv_heads_are_refused():
+    check_mesh(preset("glm-4.6"), abstract("tensor=3"), Rules(vocab=None, ffn=None))
+    with pytest.raises(UsageError, match="num_attention_heads 96 over tensor=9"):
+        check_mesh(preset("glm-4.6"), abstract("tensor=9"), Rules(vocab=None, ffn=None, expert_ffn=None))
+
+
+def test_a_cache_is_written_where_it_is_and_nowhere_else():
+    rng = np.random.default_rng(0)
+    stack = rng.standard_normal((2, 3, 2, 8, 4), np.float32)
+    for T, start in ((1, [0, 7, 8]), (3, [-2, 4, 7]), (5, [-5, 6, 2]), (12, [0, -3, 7])):
+        new = rng.standard_normal((3, T, 2, 4), np.float32)
+        want = stack.copy()
+        for b in range(3):
+            for t in range(T):
+                if 0 <= start[b] + t < 8:
+                    want[1, b, :, start[b] + t] = new[b, t]
+        got = jax.jit(write)(stack, new, jnp.int32(1), jnp.asarray(start, jnp.int32))
+        np.testing.assert_array_equal(got, want)
+
+
+# ---- tokens to their experts
+
+
+def drawn(P, T, k, E, kind, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((P * T, 8)).astype(np.float32)
+    ids = np.stack([rng.permutation(E)[:k] for _ in range(P * T)]).astype(np.int32)
+    if kind == "all to one":
+        ids = np.broadcast_to(np.arange(k, dtype=np.int32), ids.shape).copy()
+    if kind == "some to none":
+        ids[rng.random(P * T) < 0.5] = E
+    return x, ids, rng.random((P * T, k)).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["even", "all to one", "some to none"])
+@pytest.mark.parametrize("T", [1, 5])
+def test_sent_is_gathered(kind, T):
+    """A toy expert e multiplies by e + 1: the sums, and their gradients, of both ways over eight devices."""
+    P, k, E = 8, 3, 16
+    x, ids, share = drawn(P, T, k, E, kind)
+    at, per = mesh("expert=8"), E // P
+
+    def work(first):
+        def run(tokens, ids, share, dtype):
+            here = (ids >= first) & (ids < first + per)
+            return (jnp.where(here, share * (ids + 1), 0).sum(1, keepdims=True) * tokens).astype(dtype)
+
+        return run
+
+    def both(way, x, share):
+        @jax.shard_map(mesh=at, in_specs=jax.P("expert"), out_specs=jax.P("expert"))
+        def run(x, ids, share):
+            mine = work(jax.lax.axis_index("expert") * per)
+            if way == "gathered":
+                return dispatch.gathered(x, ids, share, mine, ("expert",))
+            peer = jnp.where(ids < E, ids // per, P)
+            return dispatch.sent(x, ids, share, mine, ("expert",), peer)
+
+        place = jax.NamedSharding(at, jax.P("expert"))
+        return run(*(jax.device_put(a, place) if not isinstance(a, jax.core.Tracer) else a for a in (x, ids, share)))
+
+    real = ids < E
+    want = (np.where(real, share * (ids + 1), 0).sum(1, keepdims=True)) * x
+    for way in ("gathered", "sent"):
+        np.testing.assert_allclose(both(way, x, share), want, rtol=1e-6)
+        with jax.set_mesh(at):
+            place = functools.partial(jax.device_put, device=jax.NamedSharding(at, jax.P("expert")))
+            scalar = lambda x, share, way=way: (both(way, x, share) ** 2).sum()
+            dx, dshare = jax.jit(jax.grad(scalar, (0, 1)))(place(x), place(share))
+        factor = np.where(real, share * (ids + 1), 0).sum(1, keepdims=True)
+        np.testing.assert_allclose(dx, 2 * want * factor, rtol=1e-5)
+        np.testing.assert_allclose(
+            dshare, np.where(real, (ids + 1) * (2 * want * x).sum(1, keepdims=True), 0), rtol=2e-5, atol=1e-5
+        )
+
+
+def test_small_groups_are_gathered_and_so_is_a_v5e():
+    kind = lambda name: SimpleNamespace(devices=np.array([SimpleNamespace(device_kind=name)]))
+    assert not dispatch.sends(8, kind("TPU v5")) and dispatch.sends(16, kind("TPU v5"))
+    assert not dispatch.sends(16, kind("TPU v5 lite")) and dispatch.sends(16, abstract("expert=16"))
+
+
+# ---- the program's collectives are the formula's
+
+
+def totals(found):
+    """(kind, axes) -> how many in a step, and their bytes."""
+    table = collections.defaultdict(lambda: [0, 0])
+    for c in found:
+        table[c.kind, c.axes][0] += c.count
+        table[c.kind, c.axes][1] += c.count * c.bytes
+    return dict(table)
+
+
+CASES = [
+    ("expert=2,tensor=2", "ep"),
+    ("data=2,expert=2,tensor=2", "ep"),
+    ("expert=4,tensor=2", "latency"),
+    ("tensor=4", "tp"),
+    ("context=2,tensor=2", "long"),
+    ("expert=2,context=2", "long"),
+]
+
+
+@pytest.mark.parametrize("at, by", CASES)
+@pytest.mark.parametrize("T", [1, 32], ids=["decode", "prefill"])
+def test_the_collectives_are_those_of_the_formula(at, by, T):
+    config = tiny(num_hidden_layers=3, first_k_dense_replace=1, num_nextn_predict_layers=0)
+    model = GLM(config, at, by, seed=None)
+    got = totals(collectives(lower_step(model, 16, T, 64).compile(), model.mesh))
+    assert got == totals(expected(config, model.mesh, model.rules, 16, T, 64, T > 1))
+    assert got  # and there are some
+
+
+def test_collectives_are_counted_and_named():
+    at = mesh("data=2,expert=2,tensor=2")
+
+    cut = jax.P(("data", "expert"), "tensor")
+
+    @functools.partial(jax.shard_map, mesh=at, in_specs=cut, out_specs=jax.P())
+    def run(x):  # [4, 8] on one device
+        def inner(x, _):
+            return x + jax.lax.psum(x, "tensor") * 1e-3, None
+
+        def outer(x, _):
+            x, _ = jax.lax.scan(inner, x, None, length=3)
+            y = jax.lax.all_gather(x, ("data", "expert"), tiled=True)  # [16, 8]
+            return x + jax.lax.psum_scatter(y, ("data", "expert"), tiled=True), None
+
+        x, _ = jax.lax.scan(outer, x, None, length=5)
+        x = jax.lax.all_to_all(x, "expert", 0, 1, tiled=True)
+        x = jax.lax.ppermute(x, "data", [(0, 1), (1, 0)])
+        return jax.lax.psum(x.sum(), ("data", "expert", "tensor"))
+
+    x = jax.ShapeDtypeStruct((16, 16), jnp.float32, sharding=jax.NamedSharding(at, cut))
+    got = totals(collectives(jax.jit(run).lower(x).compile(), at))
+    assert got[("all-reduce", ("tensor",))] == [15, 15 * 128]
+    assert got[("all-gather", ("data", "expert"))] == [5, 5 * 512]
+    assert got[("reduce-scatter", ("data", "expert"))] == [5, 5 * 512]
+    assert got[("all-to-all", ("expert",))] == [1, 128]
+    assert got[("collective-permute", ("data",))] == [1, 128]
+    assert got[("all-reduce", ("data", "expert", "tensor"))] == [1, 4]
+
+
+# Lines as XLA wrote them for machines that are not here.
+# ruff: noqa: E501
+GPU = """HloModule m
+ENTRY %main () -> f32[] {
+  %a = ((f32[8,16]{1,0}, f32[16,16]{1,0}, s64[4]{0}, s64[4]{0}, s64[4]{0}, s64[4]{0}), f32[16,16]{1,0}) ragged-all-to-all-start(%b, %c), channel_id=1, replica_groups={{0,2,4,6},{1,3,5,7}}
+  %d = f32[16,16]{1,0} ragged-all-to-all-done(%a)
+  %e = (bf16[2,8]{1,0}, bf16[4,8]{1,0}) all-gather-start(%x), channel_id=2, replica_groups=[4,2]<=[8], dimensions={0}
+}
+"""
+TPU = """HloModule m
+%fused_1 (p: bf16[4]) -> bf16[8] {
+  %ag.1 = bf16[8,8]{1,0} all-gather(%p), channel_id=13, replica_groups=[4,2]<=[8], dimensions={0}
+}
+%fused_2 (p: bf16[4]) -> bf16[8] {
+  %ag.2 = bf16[8,8]{1,0} all-gather(%p), channel_id=13, replica_groups=[4,2]<=[8], dimensions={0}
+}
+%body (p: (s32[])) -> (s32[]) {
+  %s = bf16[8]{0} fusion(%p), kind=kCustom, calls=%fused_1
+  %t = bf16[8]{0} fusion(%p), kind=kCustom, calls=%fused_2
+  %r = f32[34,8]{1,0} all-reduce(%p), channel_id=3, replica_groups={{0,2,4,6},{1,3,5,7}}, metadata={op_name="jit(f)/reduce_scatter"}
+}
+%cond (p: (s32[])) -> pred[] {
+  %c = s32[] constant(89)
+  %g = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%g, %c), direction=LT
+}
+ENTRY %main (q: bf16[4]) -> (s32[]) {
+  %w = (s32[]) while(%q), condition=%cond, body=%body
+  %x = bf16[4]{0} all-reduce(%y), channel_id=9, replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4], device_ids=([4,2]T(1,0)) {'axis_0'}, to_apply=%add
+  %z = bf16[4]{0} all-reduce(%y), channel_id=9, replica_groups={{0,3},{1,2},{4,7},{5,6}}
+}
+"""
+
+
+def test_other_compilers_ways_of_writing():
+    at = abstract("expert=4,tensor=2")
+    assert collectives(GPU, at) == [
+        Collective("ragged-all-to-all", ("expert",), 1024, 1),
+        Collective("all-gather", ("tensor",), 64, 1),
+    ]
+    assert collectives(TPU, at) == [
+        Collective("all-gather", ("tensor",), 128, 89),
+        Collective("reduce-scatter", ("expert",), 1088, 89, "reduce_scatter"),
+        Collective("all-reduce", ("tensor",), 8, 1),
+        Collective("all-reduce", ("?",), 8, 1),
+    ]
+
+
+def test_bytes_round_a_ring():
+    at = abstract("expert=4,tensor=2")
+    sent = lambda kind, *axes: sent_bytes(Collective(kind, axes, 800), at)
+    assert sent("all-gather", "expert") == sent("reduce-scatter", "expert") == 600
+    assert sent("all-reduce", "expert") == 1200 and sent("all-reduce", "expert", "tensor") == 1400
+    assert sent("collective-permute", "tensor") == 800
+
+
+# ---- every preset gives what one device gives
+
+PRESET_CASES = ["expert=4,tensor=2/latency", "data=4,expert=2/fsdp", "expert=2,context=2,tensor=2/long", "expert=8/ep"]
+
+
+@functools.cache
+def single():
+    model = made("all the parts")
+    prompts = [[1, 2, 3], [4] * 9, [7] * 30]
+    return np.asarray(model(IDS)[0]), prompts, generate_ids(model, prompts, max_tokens=6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", PRESET_CASES)
+def test_every_preset_gives_the_same(case):
+    """Logits and tokens: three rows and one, which most of these meshes do not divide."""
+    want, prompts, tokens = single()
+    at, by = case.split("/")
+    model = made("all the parts", at, by)
+    assert far(model(IDS)[0], want) < 1e-5
+    assert generate_ids(model, prompts, max_tokens=6) == tokens
+    assert generate_ids(model, prompts[:1], max_tokens=6) == tokens[:1]
+
+
+def test_long_in_the_quick_suite():
+    want, _, _ = single()
+    assert far(made("all the parts", "context=2,tensor=2", "long")(IDS)[0], want) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["data=2,expert=2,tensor=2/fsdp", "expert=2,context=2,tensor=2/long"])
+def test_every_preset_gives_the_same_gradients(case):
+    ids = np.resize(IDS, (8, 16))
+    _, metrics, want = gradients(made("all the parts"), ids, mtp_weight=0.3)
+    at, by = case.split("/")
+    _, ours, got = gradients(made("all the parts", at, by), ids, mtp_weight=0.3)
+    assert np.array_equal(ours["load"], metrics["load"]) and np.array_equal(ours["mtp_load"], metrics["mtp_load"])
+    assert (np.asarray(metrics["load"]) == 0).any()  # an expert that no token chose
+    for path, g in want.items():
+        spread = max(g.std(), 1e-30)
+        assert np.sqrt(np.mean((got[path] - g) ** 2)) < 1e-5 * spread, path
+        assert far(got[path], g) < 5e-5, path
+
+
+@pytest.mark.slow
+def test_sixteen_devices():
+    """Tokens sent to sixteen devices' experts, in a process of its own: benchmarks/every_mesh.py has all cases."""
+    command = [sys.executable, str(ROOT / "benchmarks/every_mesh.py"), "--devices", "16", "--case", "expert=16/ep"]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (row,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert row["tokens_equal"] and row["logits_rms"] < 1e-5 and row["gradients_rms"] < 1e-5
+
+
+# ---- memory, compiled
+
+
+def test_large_buffers_are_results_and_not_names():
+    config = dataclasses.replace(preset("glm-4.6"), dtype=jnp.dtype("float32"))
+    x = jax.ShapeDtypeStruct((4096, 4096), jnp.float32)
+    text = jax.jit(lambda a, b: (a @ b) @ a).lower(x, x).compile().as_text()
+    assert [b.op for b in large_buffers(text, 1 << 26)] in (["dot"], ["custom-call"], ["fusion"])
+    assert not large_buffers(text, 1 << 27) and config.num_hidden_layers == 92
+    assert set(PRESETS) == {"ep", "latency", "tp", "fsdp", "long"}
