@@ -5,7 +5,7 @@
     PYTHONPATH=. python benchmarks/compile_table.py --table       # compiles nothing: the last results, the plan of now
 
 Needs libtpu for the TPU cases and jax's CUDA plugin for H100. A line of JSON a case goes to
-Needs libtpu for the TPU cases and the CUDA plugin of jax for H100. A line of JSON a case goes to
+benchmarks/results/compile.jsonl, with commit and versions; then the table is printed. Each case is compiled in a process
 of its own: one process holds one kind of accelerator's compiler, and gives no memory back."""
 
 import argparse
@@ -71,10 +71,10 @@ def row(line: dict) -> str:
     from glm_jax.config import preset
     from glm_jax.planner import cache_on_device, weight_bytes, working_bytes
     from glm_jax.sharding import abstract, rules
-    from glm_jax.targets import KINDS
+    from glm_jax.targets import described
 
     config = dataclasses.replace(preset(line["model"]), num_nextn_predict_layers=0)
-    at, by = abstract(line["mesh"], KINDS.get(line["target"].split(":")[0], "")), rules(line["rules"])
+    at, by = abstract(line["mesh"], described(line["target"])), rules(line["rules"])
     arguments = sum(weight_bytes(config, at, by).values())
     arguments += cache_on_device(config, at, by, line["rows"], line["slots"])
     temporaries = sum(working_bytes(config, at, by, line["rows"], line["tokens"], line["slots"]).values())

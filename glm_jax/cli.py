@@ -198,7 +198,7 @@ def plan(args: argparse.Namespace) -> int:
     from glm_jax import planner
     from glm_jax.linter import axes_table, lint
     from glm_jax.sharding import abstract, rules
-    from glm_jax.targets import KINDS, devices
+    from glm_jax.targets import described, devices
 
     device = args.topology or args.device
     if args.topology and args.device:
@@ -224,7 +224,7 @@ def plan(args: argparse.Namespace) -> int:
         else:
             _plans(found)
         return 0 if device is None or any(p.fits for p in found) else 1
-    kind = KINDS.get(device.split(":")[0].lower(), "") if device else ""
+    kind = described(device)
     asked = abstract(args.mesh, kind) if args.mesh else None
     if asked and count and asked.size != count:
         raise UsageError(

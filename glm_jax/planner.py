@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from glm_jax.cache import cache_bytes
 from glm_jax.config import Config
@@ -29,7 +29,7 @@ from glm_jax.model import (
 from glm_jax.sharding import PRESETS, Rules, abstract, describe, mesh_axes
 from glm_jax.sharding import mesh as make_mesh
 from glm_jax.sharding import rules as make_rules
-from glm_jax.targets import GIB, GPUS, KINDS, chip
+from glm_jax.targets import GIB, GPUS, chip, described
 
 # Of a GPU's memory what CUDA, NCCL's buffers and fragments leave, as XLA_PYTHON_CLIENT_MEM_FRACTION=.95 sets it; a
 # TPU's is given net of what its runtime keeps.
@@ -172,7 +172,7 @@ def refuse_if_no_room(model: GLM, batch: int, context: int) -> None:
 Total = Callable[[Any], int]  # a mesh -> bytes on its fullest device
 
 
-def meshes(config: Config, rules: Rules, devices: int, kind: str = "") -> Iterator[AbstractMesh]:
+def meshes(config: Config, rules: Rules, devices: int, kind: AbstractDevice | None = None) -> Iterator[AbstractMesh]:
     """Every mesh of so many devices that divides the model. Axes that the rules do not use have size 1: devices along
     them would all do the same."""
     used = mesh_axes([getattr(rules, f.name) for f in dataclasses.fields(rules)])
@@ -191,7 +191,7 @@ def meshes(config: Config, rules: Rules, devices: int, kind: str = "") -> Iterat
                 yield layout
 
 
-def best_mesh(config: Config, rules: Rules, devices: int, memory: int | None, total: Total, kind: str = ""):
+def best_mesh(config: Config, rules: Rules, devices: int, memory: int | None, total: Total, kind=None):
     """(mesh, its bytes) of so many devices, or None if none divides the model. Of those that fit `memory` (None: all)
     the one with most over `expert`, then least over `data` and `context`; if none fits, the one that needs least."""
     found = [(layout, total(layout)) for layout in meshes(config, rules, devices, kind)]
@@ -204,7 +204,7 @@ def default_mesh(config: Config, rules: Rules, devices: list) -> str:
     """The mesh for these devices, as `best_mesh` has it for one row of 4,096 tokens; if no mesh of all of them divides
     the model, of as many as do."""
     total = lambda layout: needs(config, layout, rules).total
-    kind, memory = devices[0].device_kind, device_bytes(devices[0])
+    memory, kind = device_bytes(devices[0]), make_mesh("", devices[:1]).abstract_mesh.abstract_device
     for count in range(len(devices), 0, -1):
         if best := best_mesh(config, rules, count, memory, total, kind):
             return describe(best[0])
@@ -239,7 +239,7 @@ def first_layers(config: Config, layers: int) -> Config:
 
 def _other_meshes(config: Config, mesh, rules: Rules, memory: int, total: Total) -> Iterator[str]:
     """A mesh of as many devices that fits, and one of more: of the fewest, in powers of two or such times as many."""
-    kind = getattr(getattr(mesh, "abstract_mesh", mesh).abstract_device, "device_kind", "")
+    kind = getattr(mesh, "abstract_mesh", mesh).abstract_device
     more = {2**n for n in range(13)} | {mesh.size * 2**n for n in range(13)}
     for devices in sorted(n for n in more if mesh.size <= n <= max(mesh.size, 4096)):
         best = best_mesh(config, rules, devices, memory, total, kind)
@@ -381,7 +381,7 @@ def plan(
         raise UsageError(f"--batch {batch} --context {context}: both must be at least 1")
     if fp8 and train:
         raise UsageError("--dtype fp8 is how weights are stored to generate; training is in bfloat16 or float32")
-    by, kind = make_rules(rules), KINDS.get(device.split(":")[0].lower(), "") if device else ""
+    by, kind = make_rules(rules), described(device)
     memory = usable(device) if device else None
 
     def parts(layout, by=by, batch=batch, context=context, fp8=fp8):
@@ -467,6 +467,7 @@ def _changes(config, mesh, rules: Rules, batch, context, train, fp8, memory: int
         yield f"--batch {n}"
     for name, other in PRESETS.items():
         if other != rules:
-            best = best_mesh(config, other, mesh.size, memory, lambda layout, by=other: total(layout, by=by))
+            spread = lambda layout, by=other: total(layout, by=by)
+            best = best_mesh(config, other, mesh.size, memory, spread, mesh.abstract_device)
             if best and best[1] <= memory:
                 yield f"--rules {name} --mesh {describe(best[0])} ({best[1] / GIB:.1f} GiB)"

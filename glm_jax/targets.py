@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.sharding import AbstractDevice
 
 from glm_jax.errors import UsageError
 
@@ -60,7 +61,7 @@ GPUS = {  # compute capability, multiprocessors, L2 bytes, shared memory a block
     "h200": ((9, 0), 132, 50 << 20, 232_448, 128, 1.98, "NVIDIA H200 141GB HBM3e"),
     "b200": ((10, 0), 148, 132_644_864, 232_448, 128, 1.98, "NVIDIA B200"),
 }
-KINDS = {"v5e": "TPU v5 lite"}  # as jax says, where the model asks for it: see dispatch.NEVER_SENT
+KINDS = {"v5e": "TPU v5 lite"}  # as jax says, where that is asked for: see dispatch.NEVER_SENT
 SPELLED = {"7x": "tpu7x"}  # where libtpu's name is another
 NO_TPU = {  # what a TPU machine says of itself
     "TPU_SKIP_MDS_QUERY": "1",
@@ -92,6 +93,14 @@ def devices(name: str) -> int:
 def platform(name: str) -> str:
     """What jax calls the platform of a device, to lower for it: "cuda" or "tpu"."""
     return chip(name).platform
+
+
+def described(name: str | None) -> AbstractDevice | None:
+    """A device by name as an abstract mesh holds it; None for None."""
+    if name is None:
+        return None
+    kind = name.split(":", 1)[0].lower()
+    return AbstractDevice(device_kind=KINDS.get(kind, kind), num_cores=None, platform=chip(name).platform)
 
 
 def topology(name: str) -> list[Any]:

@@ -35,10 +35,9 @@ def mesh(
     return Mesh(_ordered(devices, sizes), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def abstract(spec: str, kind: str = "") -> AbstractMesh:
-    """`abstract("expert=64")`: a mesh of any size and no devices, to plan and to type on; of devices of a `kind` where
-    that is known, as "TPU v5 lite"."""
-    device = AbstractDevice(device_kind=kind, num_cores=None, platform="") if kind else None
+def abstract(spec: str, device: AbstractDevice | None = None) -> AbstractMesh:
+    """`abstract("expert=64")`: a mesh of any size and no devices, to plan and to type on. `device` says of what kind
+    they would be, for what depends on it."""
     explicit = (AxisType.Explicit,) * len(AXES)
     return AbstractMesh(tuple(mesh_sizes(spec).values()), AXES, axis_types=explicit, abstract_device=device)
 
