@@ -216,11 +216,19 @@ def plan(args: argparse.Namespace) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # plans are made without the devices, which may be busy with something else
     from glm_jax import planner
     from glm_jax.linter import axes_table, lint
-    from glm_jax.sharding import abstract, default_sizes, rules
-    from glm_jax.targets import devices
+    from glm_jax.sharding import abstract, rules
+    from glm_jax.targets import described, devices
 
     device = args.topology or args.device
+    if args.topology and args.device:
+        raise UsageError(f"--topology {args.topology} and --device {args.device}: one of them")
     count = devices(args.topology) if args.topology and ":" in args.topology else args.devices
+    if count is not None and count < 1:
+        raise UsageError(f"--devices {count}: at least 1")
+    if args.topology and args.devices and count != args.devices:
+        raise UsageError(f"--topology {args.topology} has {count} devices, --devices says {args.devices}")
+    if args.compile and not (args.topology and ":" in args.topology):
+        raise UsageError("--compile needs --topology, as v5p:2x2x4 or h100:16, to compile for")
     config, name = _config(args)
     by = rules(args.rules)
     options = {"batch": args.batch, "context": args.context, "device": device, "train": args.train}
@@ -228,39 +236,43 @@ def plan(args: argparse.Namespace) -> int:
     if args.search:
         if not count:
             raise UsageError("--search needs --devices N, or a --topology that says how many")
-        found = planner.search(config, count, args.rules, **options)
-        if not found:
+        if not (found := planner.search(config, count, args.rules, **options)):
             raise UsageError(f"no mesh of {count} devices divides {name} under --rules {args.rules}")
         if args.json:
             print(json.dumps([p.to_json() for p in found]))
         else:
             _plans(found)
         return 0 if device is None or any(p.fits for p in found) else 1
-    at = args.mesh
-    if not at and count:
-        best = planner.search(config, count, args.rules, **options)
-        at = best[0].mesh if best else ",".join(f"{k}={n}" for k, n in default_sizes(count).items())
-    layout = abstract(at or "data=1")
-    if count and layout.size != count:
-        raise UsageError(f"--mesh {at} has {layout.size} devices, {args.topology or f'--devices {count}'} {count}")
-    planned = planner.plan(config, layout, args.rules, **options)
-    findings = lint(config, layout, by, args.batch, args.context)
-    compiled = planner.compiled_steps(config, at or "data=1", by, args.topology, planned) if args.compile else []
+    kind = described(device)
+    asked = abstract(args.mesh, kind) if args.mesh else None
+    if asked and count and asked.size != count:
+        raise UsageError(
+            f"--mesh {args.mesh} has {asked.size} devices, {args.topology or f'--devices {count}'} {count}"
+        )
+    if asked and (errors := [f for f in lint(config, asked, by) if f.kind == "error"]):
+        raise UsageError(f"--mesh {args.mesh}: " + "; ".join(str(e).removeprefix("error: ") for e in errors))
+    at: Any = args.mesh or count or 1
+    planned = planner.plan(config, at, args.rules, **options)
+    layout = abstract(planned.mesh, kind)
+    findings = lint(config, layout, by, args.batch, args.context, device=device, fp8=options["fp8"])
+    table, compiled = axes_table(config, layout, by, options["fp8"]), []
+    if args.compile:
+        from glm_jax.steps import compile_steps
+
+        compiled = compile_steps(config, planned.mesh, by, args.topology, planned.rows, args.context)
     if args.json:
-        extra = {"findings": [dataclasses.asdict(f) for f in findings], "compiled": compiled}
-        print(json.dumps(planned.to_json() | extra))
+        axes = [dict(zip(("axis", "mesh_axes", "size", "divides", "bytes"), row, strict=True)) for row in table]
+        found = [dataclasses.asdict(f) | {"severity": f.severity} for f in findings]
+        steps = {"compiled": [step.to_json() for step in compiled]} if args.compile else {}
+        print(json.dumps(planned.to_json() | {"axes": axes, "findings": found} | steps))
         return 1 if planned.fits is False else 0
     _table(
         ("logical axis", "mesh axes", "size", "what it divides", "GiB of weights a device"),
-        [(*row[:2], str(row[2]), row[3], f"{row[4] / 2**30:.2f}") for row in axes_table(config, layout, by)],
+        [(*row[:2], str(row[2]), row[3], f"{row[4] / 2**30:.2f}") for row in table],
     )
     print(planned, end="\n\n")
-    for finding in findings:
+    for finding in [*findings, *(f"\n{step}" for step in compiled)]:
         print(finding)
-    for step in compiled:
-        print()
-        for key, value in step.items():
-            print(f"{key:28} {value}" if not isinstance(value, list) else "\n".join([key, *(f"  {v}" for v in value)]))
     return 1 if planned.fits is False else 0
 
 
@@ -270,11 +282,11 @@ def _plans(found) -> None:
     for p in found:
         fits = {True: "fits", False: "no", None: ""}[p.fits]
         step = f"{1e3 * p.cost.seconds:.2f}" if p.cost else ""
-        parts = p.to_json()["parts_gib"]
-        weights = sum(n for key, n in parts.items() if key.startswith("weights"))
-        rest = sum(parts.values()) - weights
-        rows.append((p.mesh, f"{weights:.2f}", f"{rest:.2f}", f"{p.total / 2**30:.2f}", fits, step))
-    _table(("mesh", "weights GiB", "the rest GiB", "total GiB a device", "", "ms a token at the least"), rows)
+        rest = p.total - p.part("weights") - p.part("KV cache")
+        gib = [f"{n / 2**30:.2f}" for n in (p.part("weights"), p.part("KV cache"), rest, p.total)]
+        rows.append((p.mesh, *gib, fits, step))
+    headings = ("mesh", "weights", "KV cache", "the rest", "GiB a device", "", "ms a token at the least")
+    _table(headings, rows)
 
 
 def _table(headings, rows) -> None:
@@ -289,22 +301,23 @@ def _table(headings, rows) -> None:
 
 
 def _config(args: argparse.Namespace):
-    """The Config that --model names, a preset, a folder or a Hub id, with --dtype and --layers; and its name."""
+    """The Config that --model names, a preset, a folder, a config.json or a Hub id, with --dtype and --layers; and its
+    name."""
     import jax
 
-    from glm_jax.config import PRESETS, preset
+    from glm_jax.config import PRESETS, Config, preset
     from glm_jax.convert.hub import fetch
     from glm_jax.loading import DEMO, read_config
     from glm_jax.planner import first_layers
 
     name = args.model or str(DEMO)
-    dtype = None if args.dtype == "fp8" else args.dtype
-    if name.lower() in PRESETS and not Path(name).exists():
-        config = preset(name)
-        config = dataclasses.replace(config, dtype=jax.numpy.dtype(dtype)) if dtype else config
-        return (first_layers(config, args.layers) if args.layers is not None else config), name
-    folder = fetch(name, **{key: getattr(args, key) for key in ("revision", "token", "offline")})
-    return read_config(folder, dtype, args.layers)[0], name if args.model else "the demo model"
+    dtype, path = None if args.dtype == "fp8" else args.dtype, Path(name).expanduser()
+    if not path.is_file() and (path.exists() or name.lower() not in PRESETS):
+        folder = fetch(name, **{key: getattr(args, key) for key in ("revision", "token", "offline")})
+        return read_config(folder, dtype, args.layers)[0], name if args.model else "the demo model"
+    config = Config.read(path) if path.is_file() else preset(name)
+    config = dataclasses.replace(config, dtype=jax.numpy.dtype(dtype)) if dtype else config
+    return (first_layers(config, args.layers) if args.layers is not None else config), name
 
 
 class _Parser(argparse.ArgumentParser):

@@ -4,40 +4,78 @@ import dataclasses
 import math
 
 import jax
+import numpy as np
 
-from glm_jax.cache import cache_bytes
 from glm_jax.config import Config
 from glm_jax.hlo import sent_bytes
-from glm_jax.model import DIMENSIONS, GLM, axes_size, cached_heads, kv_axes, round_up, rules_for, undivided, weight_path
+from glm_jax.model import (
+    DIMENSIONS,
+    GLM,
+    PREFILL_CHUNK,
+    axes_size,
+    cached_heads,
+    kv_axes,
+    round_up,
+    rules_for,
+    undivided,
+    weight_path,
+)
+from glm_jax.planner import cache_on_device, held_bytes, meshes
 from glm_jax.sharding import Rules, describe, mesh_axes
-from glm_jax.targets import GIB
+from glm_jax.targets import GIB, chip
 from glm_jax.traffic import expected
+
+LANES = 128  # of a TPU: what its tiles are wide
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """`kind`: "error" (the model cannot be made so), "replicated", "padded", or "moved". `bytes` on each device, those
-    that would not be there otherwise; of what is moved, what a device sends in one step."""
+    """`kind`: "error" (the model cannot be made so), "replicated" (devices hold or do the same), "padded" (some of what
+    they hold or do is for nothing), "hosts" (a group of devices talks between hosts), or "moved" (a collective)."""
 
     kind: str
     text: str
-    bytes: int = 0
+    bytes: int = 0  # on each device, those that would not be there otherwise; of what is moved, sent in one step
+    total_bytes: int = 0  # and on all devices
+    mend: str = ""  # the change that mends it, "" where it is as it should be
+
+    @property
+    def severity(self) -> str:
+        """ "error", "warning", or "note" for what is no fault."""
+        return {"error": "error", "moved": "note"}.get(self.kind, "warning")
 
     def __str__(self) -> str:
-        size = f" [{self.bytes / GIB:.2f} GiB a device]" if self.bytes >= GIB / 200 else ""
-        size = size or (f" [{self.bytes / 2**20:.2f} MiB a device]" if self.bytes else "")
-        return f"{self.kind}: {self.text}{size}"
+        size = f" [{_size(self.bytes)} a device, {_size(self.total_bytes)} in all]" if self.bytes else ""
+        return f"{self.kind}: {self.text}{size}" + (f"; {self.mend}" if self.mend else "")
 
 
-def lint(config: Config, mesh, rules: Rules, batch: int = 1, context: int = 4096, tokens: int = 1) -> list[Finding]:
-    """Errors first; if there are none, every replicated weight and activation and every collective of a step of
-    `tokens` for each row, with its bytes. Needs no devices."""
+def lint(
+    config: Config,
+    mesh,
+    rules: Rules,
+    batch: int = 1,
+    context: int = 4096,
+    tokens: int = 1,
+    device: str | None = None,
+    fp8: bool = False,
+) -> list[Finding]:
+    """Errors first, each with the nearest meshes that divide; if there are none, every replicated weight and
+    activation, padding, groups over several hosts of a `device` as "h100", and every collective of a step of `tokens`
+    for each row, with its bytes by `traffic.expected`. Needs no devices."""
     if errors := _errors(config, mesh, rules):
         return errors
-    return [*_replicated(config, mesh, rules, batch, context), *_moved(config, mesh, rules, batch, context, tokens)]
+    return [
+        *_replicated(config, mesh, rules, batch, context, fp8),
+        *_padded(config, mesh, rules, batch, context),
+        *_moved(config, mesh, rules, batch, context, tokens, device),
+    ]
 
 
-def axes_table(config: Config, mesh, rules: Rules) -> list[tuple[str, str, int, str, int]]:
+def _size(n: float) -> str:
+    return f"{n / GIB:,.2f} GiB" if n >= GIB / 100 else f"{n / 2**20:,.2f} MiB"
+
+
+def axes_table(config: Config, mesh, rules: Rules, fp8: bool = False) -> list[tuple[str, str, int, str, int]]:
     """(logical axis, mesh axes, their size, what they divide, bytes a device of the weights that they cut)."""
     leaves = jax.tree_util.tree_leaves_with_path(GLM(config, mesh, rules, seed=None))
     rows = []
@@ -52,7 +90,7 @@ def axes_table(config: Config, mesh, rules: Rules) -> list[tuple[str, str, int, 
         held = 0
         for path, leaf in leaves:
             if field.name in _cut_by(weight_path(path)):
-                held += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+                held += held_bytes(weight_path(path), leaf, fp8)
         rows.append((field.name, "*".join(axes) or "-", size, what, held))
     return rows
 
@@ -84,68 +122,122 @@ def _errors(config: Config, mesh, rules: Rules) -> list[Finding]:
     found = []
     for axis, size, name in undivided(config, mesh, rules):
         value = getattr(config, name)
+        # A number of query heads must be one that the cached heads divide, too.
         fits = [n for n in range(1, 2 * size + 1) if value % n == 0]
         below, above = max(n for n in fits if n < size), [n for n in fits if n > size][:1]
         near = " or ".join(str(n) for n in [below, *above])
         axes = "*".join(mesh_axes([getattr(rules, axis)]))
-        found.append(Finding("error", f"{name} {value:,} does not divide over {axes}={size}: make that {near}"))
+        text = f"{name} {value:,} does not divide over {axes}={size}, the next that do are {near}"
+        found.append(Finding("error", text))
+    if found:
+        near = nearest_meshes(config, mesh, rules)
+        mend = "the nearest meshes that divide: " + ", ".join(f"--mesh {describe(m)} ({m.size} devices)" for m in near)
+        found[-1] = dataclasses.replace(found[-1], mend=mend)
     return found
 
 
-def _replicated(config: Config, mesh, rules: Rules, batch: int, context: int) -> list[Finding]:
+def nearest_meshes(config: Config, mesh, rules: Rules) -> list:
+    """Two meshes of as many devices that divide the model, or where none does one of fewer and one of more: those whose
+    axes differ from this one's by the least factors."""
+    far = lambda m: sum(abs(math.log(m.shape[a] / mesh.shape[a])) for a in m.shape)
+    best = lambda n, count: sorted(meshes(config, rules, n), key=far)[:count]
+    if same := best(mesh.size, 2):
+        return same
+    fewer = (best(n, 1) for n in range(mesh.size - 1, 0, -1))
+    more = (best(n, 1) for n in range(mesh.size + 1, 2 * mesh.size + 1))
+    return next(filter(None, fewer), []) + next(filter(None, more), [])
+
+
+def _replicated(config: Config, mesh, rules: Rules, batch: int, context: int, fp8: bool) -> list[Finding]:
     found, groups = [], {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(GLM(config, mesh, rules, seed=None)):
         used = mesh_axes(leaf.sharding.spec)
         same = tuple(a for a in mesh.shape if a not in used and mesh.shape[a] > 1)
-        held = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         if same:
-            groups.setdefault((_kind(weight_path(path)), same), []).append(held)
+            name = weight_path(path)
+            groups.setdefault((_kind(name), same), []).append(held_bytes(name, leaf, fp8))
+
+    def add(text: str, share: int, mend: str = ""):
+        found.append(Finding("replicated", text, share, share * mesh.size, mend))
+
     for (group, same), sizes in sorted(groups.items(), key=lambda item: -sum(item[1])):
         n = math.prod(mesh.shape[a] for a in same)
-        text = f"{group}: the same weights on all {n} devices along {' and '.join(same)}"
-        found.append(Finding("replicated", text, sum(sizes) * (n - 1) // n))
+        # Norms and routers are never cut: they are small, and every token passes them whole.
+        whole = group.endswith(("router", "biases", "projection"))
+        cut = "more over tensor, or --rules latency, cuts these" if "expert" in same and not whole else ""
+        add(
+            f"{group}: the same weights on all {n} devices along {' and '.join(same)}",
+            sum(sizes) * (n - 1) // n,
+            cut,
+        )
     K, devices, heads = config.num_key_value_heads, axes_size(mesh, rules.heads), cached_heads(config, mesh, rules)
     rows = round_up(batch, axes_size(mesh, rules.batch))
     slots = round_up(context, axes_size(mesh, rules.slots))
-    on_device = cache_bytes(config, rows, slots, heads) // axes_size(mesh, rules.batch, rules.heads, rules.slots)
+    on_device = cache_on_device(config, mesh, rules, rows, slots)
     if heads > K:
         cut = axes_size(mesh, *kv_axes(config, mesh, rules))
+        held = f"cut {cut} ways" if cut > 1 else "whole on each device"
         text = (
-            f"{K} KV heads over {devices} devices: groups of {devices // math.gcd(K, devices)} devices share KV heads, "
-            f"the cache holds {heads} heads, each {heads // K} times, and the k and v weights are cut {cut} ways"
+            f"{K} KV heads over {devices} devices: the cache holds {heads} heads, each {heads // K} times, and the k "
         )
-        found.append(Finding("replicated", text, on_device * (heads - K) // heads))
+        text += f"and v weights are {held}"
+        add(text, on_device * (heads - K) // heads, f"{math.gcd(K, devices)} devices over heads repeat none")
     idle = [a for a in mesh.shape if mesh.shape[a] > 1 and a not in mesh_axes([rules.batch, rules.heads, rules.slots])]
     if idle:
         n = axes_size(mesh, *idle)
         text = f"the cache, and attention's work, are the same on all {n} devices along {' and '.join(idle)}"
-        found.append(Finding("replicated", text, on_device * (n - 1) // n))
+        add(text, on_device * (n - 1) // n, f"rules that cut batch, heads or slots over {' and '.join(idle)}")
+    chunk = min(context, PREFILL_CHUNK)
+    if rules.seq and rules_for(mesh, rules, chunk).seq is None:
+        size = axes_size(mesh, rules.seq)
+        mend = f"a --context of a multiple of {size}"
+        add(f"a prompt's part of {chunk} tokens is no multiple of {rules.seq}={size}: every device has it all", 0, mend)
+    return found
+
+
+def _padded(config: Config, mesh, rules: Rules, batch: int, context: int) -> list[Finding]:
+    found = []
+    rows, slots = round_up(batch, axes_size(mesh, rules.batch)), round_up(context, axes_size(mesh, rules.slots))
     if rows != batch:
         axes = "*".join(mesh_axes([rules.batch]))
         text = f"{batch} rows over {axes}={axes_size(mesh, rules.batch)}: {rows - batch} of {rows} rows are padding"
-        text += " (--rules latency uses every device for one row)" if batch == 1 else ""
-        found.append(Finding("padded", text, 0))
-    for axis, name in (("expert_ffn", "moe_intermediate_size"),):
+        mend = "--rules latency uses every device for one row" if batch == 1 else f"--batch {rows} costs the same"
+        spare = cache_on_device(config, mesh, rules, rows, slots) * (rows - batch)
+        found.append(Finding("padded", text, spare // rows, spare * mesh.size // rows, mend))
+    if slots != context:
+        text = f"{context:,} tokens over {rules.slots}={axes_size(mesh, rules.slots)}: {slots:,} slots"
+        found.append(Finding("padded", text))
+    # Gate and up stand side by side as 2 F columns; `down` has F of them as its last dimension.
+    for axis, name in (("expert_ffn", "moe_intermediate_size"), ("ffn", "intermediate_size")):
         local = getattr(config, name) // axes_size(mesh, getattr(rules, axis))
-        if config.moe_layers and local % 128:
-            text = f"{name} {getattr(config, name):,} is {local} on a device, no multiple of a TPU's 128 lanes"
-            found.append(Finding("padded", text, 0))
+        used = config.moe_layers if axis == "expert_ffn" else config.dense_layers
+        if used and local % LANES:
+            text = f"{name} {getattr(config, name):,} is {local:,} on a device, no multiple of a TPU's {LANES} lanes"
+            found.append(Finding("padded", text))
     return found
 
 
-def _moved(config: Config, mesh, rules: Rules, batch: int, context: int, tokens: int) -> list[Finding]:
+def _moved(config: Config, mesh, rules: Rules, batch: int, context: int, tokens: int, device) -> list[Finding]:
     rows = round_up(batch, axes_size(mesh, rules.batch))
     slots = round_up(context, axes_size(mesh, rules.slots))
+    sent: dict[tuple[str, ...], int] = {}
     found = []
-    if tokens > 1 and rules.seq and rules_for(mesh, rules, tokens).seq is None:
-        text = f"{tokens} tokens do not divide over {rules.seq}={axes_size(mesh, rules.seq)}: every device has them all"
-        found.append(Finding("replicated", text))
     for c in expected(config, mesh, rules, rows, tokens, slots, tokens > 1):
         text = f"{c.count} x {c.kind} over {'*'.join(c.axes)}: {c.source}"
-        found.append(Finding("moved", text, int((c.count or 0) * sent_bytes(c, mesh))))
-    return found
+        size = int((c.count or 0) * sent_bytes(c, mesh))
+        sent[c.axes] = sent.get(c.axes, 0) + size
+        found.append(Finding("moved", text, size, size * mesh.size))
+    hosts = []
+    for axes, size in sent.items() if device and chip(device).platform == "cuda" else ():
+        if (n := hosts_of(mesh, axes, chip(device).host)) > 1:
+            text = f"groups over {'*'.join(axes)}={axes_size(mesh, *axes)} are on {n} hosts of {chip(device).host}"
+            mend = f"inside a host are groups of up to {chip(device).host} of the innermost axes"
+            hosts.append(Finding("hosts", f"{text}: a step sends over the network", size, size * mesh.size, mend))
+    return hosts + found
 
 
-def heading(mesh, rules: str) -> str:
-    """One line that says which layout the findings are of."""
-    return f"--mesh {describe(mesh)} --rules {rules}"
+def hosts_of(mesh, axes: tuple[str, ...], host: int) -> int:
+    """On how many hosts of so many devices one group along these axes is, where devices are in the order of hosts."""
+    place = (np.arange(mesh.size) // host).reshape(tuple(mesh.shape.values()))
+    first = tuple(slice(None) if a in axes else 0 for a in mesh.shape)
+    return len(np.unique(place[first]))

@@ -1,12 +1,16 @@
 """Accelerators that need not be there: what one device of each kind has, and devices to compile for."""
 
 import dataclasses
+import glob
 import importlib.util
+import math
 import os
 import re
 from typing import Any
 
 import jax
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice
 
 from glm_jax.errors import UsageError
 
@@ -15,41 +19,58 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One jax device. Memory is what a program may use; rates are the vendor's, for dense matrices, a second.
+    """One jax device. Rates are the vendor's peaks, of dense matrices, a second.
 
-    A TPU v4 and a 7x show two devices a chip, so theirs are half a chip's. `link` is what a device can send to its
-    neighbours: all links of a TPU's torus, NVLink. `network` is what it can send to another host or slice."""
+    A TPU v4 and a 7x show libtpu two devices a chip, so their numbers are half a chip's; every other kind one. `memory`
+    is what there is for a program: of it jax takes three quarters on a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says
+    otherwise. `link` is all that a device sends to its neighbours at once: NVLink, or every link of a TPU's torus, of
+    which a collective along one axis of the torus uses a part."""
 
-    kind: str  # what it calls itself
+    kind: str  # what a device calls itself
+    platform: str  # as jax says: cuda or tpu
     memory: int  # bytes
     bandwidth: float  # bytes a second, of the memory
     bf16: float  # FLOP a second
     fp8: float  # FLOP a second; bf16's where there is no faster one
-    link: float  # bytes a second, one direction
-    network: float  # bytes a second, one direction
+    link: float  # bytes a second, sent, within a host of GPUs or a slice of TPUs
+    network: float  # bytes a second, sent, between hosts of GPUs or slices of TPUs
     host: int  # devices a host
 
 
-# GPU: NVIDIA's data sheets of the SXM modules; memory is what the driver leaves (an H100 reports 79.2 GiB of its 80 GB
-# as usable, 84,978,434,048 bytes), a 400 Gb/s adapter for each device. TPU: Google's documentation of each generation;
-# memory as the compiler says when a program is too large for it ("exceeds available HBM (15.75G)"), where it says so.
+# GPU, the SXM modules. Memory: what XLA's own descriptions of these devices say (openxla/xla,
+# xla/backends/gpu/target_config/specs). Rates: NVIDIA's data sheets; NVLink is half of the sheet's figure, which is of
+# both directions. Network: one adapter a device, as in NVIDIA's DGX of each: 200 Gb/s with A100, 400 with the others.
+#
+# TPU. Memory: what libtpu's compiler says when a program is too large ("exceeds available HBM (15.75G)"); where 0.0.42
+# and 0.0.50 differ by 0.01G, the less. Rates: Google's page of each generation, per chip. A link is half of the page's
+# figure, which is of both directions: v4 600, v5e 400, v5p 1200, v6e 800, 7x 1200 GB/s. Network: v4 50, v5e 25 (a pod
+# of 256 has 6.4 Tb/s), v5p 50, v6e and 7x 100 Gb/s. v4's link and network could not be looked up again.
 CHIPS = {
-    "a100": Chip("NVIDIA A100-SXM4-80GB", 80 * 10**9, 2.04e12, 312e12, 312e12, 300e9, 25e9, 8),
-    "h100": Chip("NVIDIA H100 80GB HBM3", 84_978_434_048, 3.35e12, 989e12, 1979e12, 450e9, 50e9, 8),
-    "h200": Chip("NVIDIA H200", 141 * 10**9, 4.8e12, 989e12, 1979e12, 450e9, 50e9, 8),
-    "b200": Chip("NVIDIA B200", 180 * 10**9, 8e12, 2250e12, 4500e12, 900e9, 50e9, 8),
-    "v4": Chip("TPU v4", 16 * GIB, 0.615e12, 137e12, 137e12, 135e9, 3.1e9, 8),
-    "v5e": Chip("TPU v5 lite", int(15.75 * GIB), 0.819e12, 197e12, 197e12, 200e9, 3.1e9, 4),
-    "v5p": Chip("TPU v5", int(95.74 * GIB), 2.765e12, 459e12, 459e12, 600e9, 6.2e9, 4),
-    "v6e": Chip("TPU v6 lite", int(31.25 * GIB), 1.64e12, 918e12, 918e12, 448e9, 12.5e9, 4),
-    "7x": Chip("TPU7x", 96 * 10**9, 3.69e12, 1154e12, 2307e12, 600e9, 12.5e9, 8),
+    "a100": Chip("NVIDIA A100-SXM4-80GB", "cuda", 85_100_068_864, 2.039e12, 312e12, 312e12, 300e9, 25e9, 8),
+    "h100": Chip("NVIDIA H100 80GB HBM3", "cuda", 84_942_979_072, 3.35e12, 989e12, 1979e12, 450e9, 50e9, 8),
+    "h200": Chip("NVIDIA H200", "cuda", 151_397_597_184, 4.8e12, 989e12, 1979e12, 450e9, 50e9, 8),
+    "b200": Chip("NVIDIA B200", "cuda", 191_514_411_008, 7.7e12, 2250e12, 4500e12, 900e9, 50e9, 8),
+    "v4": Chip("TPU v4", "tpu", int(15.25 * GIB), 0.614e12, 137.5e12, 137.5e12, 150e9, 3.125e9, 8),
+    "v5e": Chip("TPU v5 lite", "tpu", int(15.75 * GIB), 0.819e12, 197e12, 197e12, 200e9, 3.125e9, 4),
+    "v5p": Chip("TPU v5", "tpu", int(95.73 * GIB), 2.765e12, 459e12, 459e12, 600e9, 6.25e9, 4),
+    "v6e": Chip("TPU v6 lite", "tpu", int(31.24 * GIB), 1.638e12, 918e12, 918e12, 400e9, 12.5e9, 4),
+    "7x": Chip("TPU7x", "tpu", int(94.74 * GIB), 3.69e12, 1153.5e12, 2307e12, 300e9, 6.25e9, 8),
 }
-GPUS = {  # compute capability, multiprocessors, bytes of the L2 cache, and of shared memory for a block
-    "a100": ((8, 0), 108, 40 << 20, 166_912),
-    "h100": ((9, 0), 132, 50 << 20, 232_448),
-    "h200": ((9, 0), 132, 50 << 20, 232_448),
-    "b200": ((10, 0), 148, 126 << 20, 232_448),
+GPUS = {  # compute capability, multiprocessors, L2 bytes, shared memory a block, float32 units, GHz
+    "a100": ((8, 0), 108, 40 << 20, 166_912, 64, 1.41),
+    "h100": ((9, 0), 132, 50 << 20, 232_448, 128, 1.98),
+    "h200": ((9, 0), 132, 50 << 20, 232_448, 128, 1.98),
+    "b200": ((10, 0), 148, 132_644_864, 232_448, 128, 1.98),
 }
+SPELLED = {"7x": "tpu7x"}  # where libtpu's name is another
+NO_TPU = {  # what a TPU machine says of itself
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-16",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device to hold, so no lock to take
+}
+SKIP = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"
 
 
 def chip(name: str) -> Chip:
@@ -61,64 +82,70 @@ def chip(name: str) -> Chip:
 
 
 def devices(name: str) -> int:
-    """How many jax devices "v5p:2x2x4" or "h100:16" names. A TPU's numbers count chips."""
-    chip(name)
-    kind, _, shape = name.lower().partition(":")
-    if not re.fullmatch(r"\d+" if kind in GPUS else r"\d+x\d+(x\d+)?", shape):
-        example = "h100:16, a number of devices" if kind in GPUS else "v5p:2x2x4 or v6e:8x8, the chips along each side"
+    """How many jax devices "v5p:2x2x4" or "h100:16" names. A TPU's numbers are chips, along each side of the slice."""
+    facts, (kind, _, shape) = chip(name), name.lower().partition(":")
+    if not re.fullmatch(r"[1-9]\d*" if facts.platform == "cuda" else r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
+        example = "h100:16, a number of devices" if facts.platform == "cuda" else "v5p:2x2x4 or v6e:8x8, chips a side"
         raise UsageError(f"--topology {name}: write it as {example}")
-    count = 1
-    for n in shape.split("x"):
-        count *= int(n)
-    return count * (2 if kind in ("v4", "7x") else 1)
+    return math.prod(map(int, shape.split("x"))) * (2 if kind in ("v4", "7x") else 1)
+
+
+def platform(name: str) -> str:
+    """What jax calls the platform of a device, to lower for it: "cuda" or "tpu"."""
+    return chip(name).platform
+
+
+def described(name: str | None) -> AbstractDevice | None:
+    """A device by name as an abstract mesh holds it; None for None."""
+    if name is None:
+        return None
+    return AbstractDevice(device_kind=chip(name).kind, num_cores=None, platform=platform(name))
 
 
 def topology(name: str) -> list[Any]:
-    """Devices to compile for, as "v5p:2x2x4" (through libtpu) or "h100:16" (through jax's CUDA plugin, hosts of eight);
-    none of them is there. Raises UsageError for an unknown name, or for a package that is missing.
+    """Devices to make a mesh of and to compile for, none of which is there: "v5p:2x2x4" (chips along each side; through
+    libtpu) or "h100:16" (a number of devices, on hosts of eight; through jax's CUDA plugin).
 
-    To be called in a process that runs on CPU (JAX_PLATFORMS=cpu): the plugins are loaded and never started."""
-    from jax.experimental import topologies
+    Raises UsageError for an unknown name, a shape that libtpu refuses (its hosts are 2x2 chips, or single ones), and a
+    package that is missing. Needs no JAX_PLATFORMS, but for GPUs this process must not have asked for its own devices
+    before without it. Nothing is started: jax.devices() is afterwards what it would have been."""
+    count, (kind, _, shape) = devices(name), name.lower().partition(":")
+    if platform(name) == "tpu":
+        return _tpus(name, kind, shape)
+    return _gpus(name, kind, count)
 
-    count, kind = devices(name), name.split(":", 1)[0].lower()
-    if kind in GPUS:
-        return list(_gpus(topologies, kind, count))
+
+def _tpus(name: str, kind: str, shape: str) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise UsageError(f'--topology {name} needs libtpu, which compiles for TPUs: pip install "jax[tpu]"')
-    # What a TPU machine would say of itself; only where there is none.
-    for variable, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5p-16",
-        "TPU_STDERR_LOG_LEVEL": "3",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }.items():
-        os.environ.setdefault(variable, value)
+    if not glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*"):
+        # Where there is a TPU libtpu knows better. Elsewhere it would ask a metadata server that does not answer.
+        for variable, value in NO_TPU.items():
+            os.environ.setdefault(variable, value)
     try:
-        prefix = "tpu7x" if kind == "7x" else kind
-        return list(topologies.get_topology_desc(f"{prefix}:{name.partition(':')[2]}", "tpu").devices)
-    except Exception as error:
+        return list(topologies.get_topology_desc(f"{SPELLED.get(kind, kind)}:{shape}", "tpu").devices)
+    except Exception as error:  # libtpu's own, of several types
         raise UsageError(f"--topology {name}: libtpu does not take it ({str(error).splitlines()[0][:200]})") from None
 
 
-def _gpus(topologies, kind: str, count: int):
-    if not (importlib.util.find_spec("jax_cuda13_plugin") or importlib.util.find_spec("jax_plugins.xla_cuda13")):
-        wheels = "jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm absl-py"
+def _gpus(name: str, kind: str, count: int) -> list[Any]:
+    if not (importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda13")):
+        plugin = " ".join(f"{wheel}=={jax.__version__}" for wheel in ("jax-cuda13-plugin", "jax-cuda13-pjrt"))
         raise UsageError(
-            f"--topology {kind}:{count} needs jax's CUDA plugin, which compiles without a GPU: pip install --no-deps "
-            f"{wheels} (the plugin's version is jax's, {jax.__version__})"
+            f"--topology {name} needs jax's CUDA plugin, which compiles without a GPU: pip install --no-deps {plugin} "
+            "nvidia-cuda-nvcc nvidia-nvvm absl-py"
         )
-    (major, minor), cores, cache, shared = GPUS[kind]
     hosts = -(-count // CHIPS[kind].host)
     if count % hosts:
-        raise UsageError(f"--topology {kind}:{count}: more than {CHIPS[kind].host} devices come in whole hosts of them")
+        raise UsageError(f"--topology {name}: more than {CHIPS[kind].host} devices come in whole hosts of them")
+    (major, minor), cores, cache, shared, units, clock = GPUS[kind]
     target = f"""
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32
   shared_memory_per_block: 49152 shared_memory_per_core: {shared + 1024}
-  threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: 128
+  threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: {units}
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: {int(CHIPS[kind].bandwidth)} l2_cache_size: {cache} clock_rate_ghz: 1.98
+  memory_bandwidth: {int(CHIPS[kind].bandwidth)} l2_cache_size: {cache} clock_rate_ghz: {clock}
   device_memory_size: {CHIPS[kind].memory} shared_memory_per_block_optin: {shared}
   cuda_compute_capability {{ major: {major} minor: {minor} }}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
@@ -128,13 +155,23 @@ dnn_version_info {{ major: 9 minor: 28 patch: 1 }}
 runtime_version {{ major: 13 }}
 device_description_str: "{CHIPS[kind].kind}"
 """
-    shape = f"1x{hosts}x{count // hosts}"
+    # The plugin looks for CUDA's libraries, and without them is not there at all, unless it is told not to look.
+    if new := SKIP not in os.environ:
+        os.environ[SKIP] = "1"
     try:
-        return topologies.get_topology_desc("gpu", "cuda", target_config=target, topology=shape).devices
+        # slices x hosts x devices a host
+        return list(
+            topologies.get_topology_desc(
+                "gpu", "cuda", target_config=target, topology=f"1x{hosts}x{count // hosts}"
+            ).devices
+        )
+    except NotImplementedError:
+        raise UsageError(
+            f"--topology {name}: jax has looked for its devices already and dropped the CUDA plugin; "
+            "start with JAX_PLATFORMS=cpu"
+        ) from None
     except Exception as error:
-        raise UsageError(f"--topology {kind}:{count}: the CUDA plugin does not take it ({str(error)[:200]})") from None
-
-
-def platform(name: str) -> str:
-    """What jax calls the platform of a device, to lower for it."""
-    return "cuda" if name.split(":", 1)[0].lower() in GPUS else "tpu"
+        raise UsageError(f"--topology {name}: the CUDA plugin does not take it ({str(error)[:200]})") from None
+    finally:
+        if new:
+            del os.environ[SKIP]

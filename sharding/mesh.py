@@ -1,6 +1,5 @@
 """The only place a mesh is made. Its axes are always the same four, Explicit, and may have size 1."""
 
-import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -36,15 +35,9 @@ def mesh(
     return Mesh(_ordered(devices, sizes), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def abstract(spec: str, kind: str | None = None) -> AbstractMesh:
-    """`abstract("expert=64")`: a mesh of any size and no devices, to plan and to type on. `kind` is what such a device
-    calls itself (`device_kind`), where that makes a difference."""
-    device = None
-    if kind is not None:
-        fields: dict[str, Any] = {"device_kind": kind, "num_cores": None}
-        if "platform" in inspect.signature(AbstractDevice).parameters:  # jax 0.11 and newer
-            fields["platform"] = "tpu" if kind.startswith("TPU") else "gpu"
-        device = AbstractDevice(**fields)
+def abstract(spec: str, device: AbstractDevice | None = None) -> AbstractMesh:
+    """`abstract("expert=64")`: a mesh of any size and no devices, to plan and to type on. `device` says of what kind
+    they would be, for what depends on it."""
     explicit = (AxisType.Explicit,) * len(AXES)
     return AbstractMesh(tuple(mesh_sizes(spec).values()), AXES, axis_types=explicit, abstract_device=device)
 
@@ -96,7 +89,7 @@ def _adopt(mesh: "Mesh | AbstractMesh") -> "Mesh | AbstractMesh":
         raise UsageError(f"a mesh's axes are {', '.join(AXES)}, or some of them; this one has {unknown[0]!r}")
     explicit, shape = (AxisType.Explicit,) * len(AXES), tuple(mesh.shape.get(name, 1) for name in AXES)
     if isinstance(mesh, AbstractMesh):
-        return AbstractMesh(shape, AXES, axis_types=explicit)
+        return AbstractMesh(shape, AXES, axis_types=explicit, abstract_device=mesh.abstract_device)
     order = [mesh.axis_names.index(name) for name in AXES if name in mesh.axis_names]
     return Mesh(mesh.devices.transpose(order).reshape(shape), AXES, axis_types=explicit)
 

@@ -23,7 +23,7 @@ LADDER = [
     ["weights", "kernels", "cache", "dispatch"],
     ["model"],
     ["convert", "checkpoint", "losses", "sample", "parsing", "tokenizer", "data"],
-    ["hlo", "targets", "traffic", "planner", "loading", "generation", "linter", "inspect", "demo"],
+    ["targets", "hlo", "traffic", "costs", "planner", "loading", "generation", "steps", "linter", "inspect", "demo"],
     ["cli", "__main__"],
 ]
 NEVER = {"kernels": {"sharding", "config"}}  # arrays in, arrays out

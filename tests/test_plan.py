@@ -1,0 +1,386 @@
+"""The plan: its bytes against arithmetic by hand and against XLA, its verdicts, the linter, the command."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from folders import SMALL, write_model
+
+from glm_jax import plan
+from glm_jax.cli import main
+from glm_jax.config import preset, tiny
+from glm_jax.costs import step_cost
+from glm_jax.errors import UsageError
+from glm_jax.linter import axes_table, hosts_of, lint, nearest_meshes
+from glm_jax.planner import GIB, best_mesh, meshes, needs, search, usable, weight_bytes
+from glm_jax.sharding import Rules, abstract, rules
+from glm_jax.targets import CHIPS, chip, described
+
+ROOT = Path(__file__).resolve().parents[1]
+BIG, AIR = preset("glm-4.6"), preset("glm-4.5-air")
+COUNTS = json.loads((ROOT / "tests/data/param_counts.json").read_text())
+COUNTED = {"glm-4.6": "glm-4.5 / 4.6 / 4.7 (355B class)", "glm-4.5-air": "glm-4.5-air"}
+ONE = abstract("data=1")
+
+
+# ---- bytes
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_the_weights_of_one_device_are_the_checkpoints_bytes(name):
+    counts = COUNTS[COUNTED[name]]
+    for fp8, want in ((False, "bytes_bf16_main+mtp_core"), (True, "bytes_fp8_core_scale32")):  # scales in float32
+        assert sum(weight_bytes(preset(name), ONE, rules("ep"), fp8).values()) == counts[want]
+
+
+def test_weights_by_hand():
+    """expert=8,tensor=2: a device has an eighth of the experts and half of what is cut over `tensor`."""
+    held = weight_bytes(BIG, abstract("expert=8,tensor=2"), rules("ep"))
+    attention = 2 * 96 * 128 * 5120 + 2 * 8 * 128 * 5120 + (96 + 2 * 8) * 128  # q, o; k, v; their biases
+    assert held["experts"] == 89 * 20 * 3 * (1536 // 2) * 5120 * 2
+    assert held["attention"] == 92 * (attention // 2 + 2 * 128) * 2  # and the whole QK norms
+    assert held["dense and shared MLPs"] == (3 * 12288 + 89 * 1536) * 3 * 5120 // 2 * 2
+    assert held["embedding and head"] == 2 * 151552 * 5120 // 2 * 2
+    assert held["norms and routers"] == (92 * 2 + 1) * 5120 * 2 + 89 * 160 * (5120 * 2 + 4)
+    mtp = 20 * 3 * 768 * 5120 + attention // 2 + 2 * 128 + 3 * 768 * 5120 + 160 * 5120 + 5 * 5120 + 2 * 5120 * 5120
+    assert held["MTP layer"] == mtp * 2 + 160 * 4
+
+
+@pytest.mark.parametrize(
+    "config, mesh, by, batch, context, heads",
+    [
+        (BIG, "expert=8", "ep", 8, 4096, 8),  # a row a device
+        (BIG, "expert=8", "ep", 1, 4096, 8),  # and a row of padding on seven
+        (BIG, "expert=4,tensor=4", "ep", 4, 202752, 2),
+        (BIG, "expert=2,tensor=8", "latency", 1, 8192, 1),  # 8 heads over 16 devices: each twice
+        (AIR, "context=4,tensor=2", "long", 1, 131072, 4),
+    ],
+)
+def test_the_cache_by_hand(config, mesh, by, batch, context, heads):
+    """2 x layers x rows x slots x heads x 128 x 2 bytes on a device."""
+    at = abstract(mesh)
+    rows = 1 if by != "ep" else -(-batch // at.shape["expert"])
+    slots = context // at.shape["context"]
+    want = 2 * config.num_hidden_layers * rows * slots * heads * 128 * 2
+    assert needs(config, at, rules(by), batch, context).cache == want
+
+
+def test_what_200k_context_costs():
+    """92 layers x 8 KV heads x 128 x 2 (keys and values) x 2 bytes = 376,832 bytes a token."""
+    whole = needs(BIG, ONE, rules("ep"), 1, 202_752).cache
+    assert whole == 202_752 * 376_832 == 76_403_441_664  # 71.2 GiB for one row
+    parted = plan(BIG, "expert=2,tensor=8", "ep", batch=2, context=202_752, device="h200")
+    assert parted.part("KV cache") == whole // 8  # tensor=8 parts the heads; each `expert` has a row of its own
+    long = plan(BIG, "context=8,tensor=8", "long", batch=1, context=202_752, device="h100")
+    assert long.part("KV cache") == whole // 64
+
+
+def test_parts_add_up():
+    for train in (False, True):
+        made = plan(AIR, "expert=8", batch=8, train=train, device="h200")
+        found = made.to_json()
+        parts = ("weights_gib", "cache_gib", "activations_gib", "gradients_gib", "optimizer_gib")
+        assert made.total == sum(made.parts.values())
+        assert found["total_gib"] == pytest.approx(sum(found[p] for p in parts), abs=1e-3)
+        assert (found["cache_gib"] == 0) == train and (found["optimizer_gib"] > 0) == train
+
+
+def test_training_by_hand():
+    """AdamW: gradients in bfloat16, a float32 copy and two float32 moments, and each layer's input."""
+    made = plan(AIR, "data=8,expert=8", "fsdp", batch=64, context=4096, train=True)
+    weights = made.part("weights") // 2
+    assert made.part("gradients") == 2 * weights and made.part("optimizer") == 12 * weights
+    assert made.parts["activations: each layer's input, kept"] == 46 * 4096 * 4096 * 2
+    with pytest.raises(UsageError, match="fp8 is how weights are stored"):
+        plan(AIR, train=True, fp8=True)
+
+
+# ---- verdicts
+
+
+def test_eight_h100_hold_fp8_and_not_bfloat16():
+    no = plan(BIG, "expert=8", batch=8, context=4096, device="h100")
+    assert no.fits is False and "IT DOES NOT FIT" in str(no)
+    assert any(change.startswith("--dtype fp8") for change in no.changes)
+    yes = plan(BIG, "expert=8", batch=8, context=4096, device="h100", fp8=True)
+    assert yes.fits is True and yes.changes == () and "it fits" in str(yes)
+    assert no.total > sum(COUNTS[COUNTED["glm-4.6"]][f"bytes_{k}"] for k in ["bf16_main+mtp_core"]) / 8
+    assert not any(p.fits for p in search(BIG, 8, batch=8, device="h100"))  # by no mesh of eight
+    assert any(p.fits for p in search(BIG, 8, batch=8, device="h200"))
+
+
+@pytest.mark.parametrize(
+    "mesh, batch, context, offered",
+    [
+        ("expert=8", 8, 4096, {"--mesh", "--dtype"}),
+        ("expert=16", 64, 32_768, {"--mesh", "--context"}),
+        ("data=16", 16, 4096, {"--mesh", "--rules"}),
+        ("expert=8,tensor=2", 64, 32_768, {"--mesh", "--context", "--batch"}),
+    ],
+)
+def test_every_change_that_is_offered_fits(mesh, batch, context, offered):
+    made = plan(BIG, mesh, "ep", batch, context, device="h100")
+    assert made.fits is False
+    found = [dict(zip(*[iter(change.split(" (")[0].split())] * 2, strict=True)) for change in made.changes]
+    assert offered <= {flag for flags in found for flag in flags}, made.changes
+    for flags in found:
+        by, rows, tokens = flags.get("--rules", "ep"), flags.get("--batch", batch), flags.get("--context", context)
+        at, fp8 = flags.get("--mesh", mesh), "--dtype" in flags
+        assert plan(BIG, at, by, int(rows), int(tokens), device="h100", fp8=fp8).fits, flags
+
+
+@pytest.mark.parametrize("devices", [1, 2, 7, 8, 12, 13, 16, 64, 100, 256])
+def test_any_number_of_devices(devices):
+    total = lambda layout: needs(BIG, layout, rules("ep")).total
+    best = best_mesh(BIG, rules("ep"), devices, None, total)
+    assert best and best[0].size == devices
+    experts = [n for n in range(1, devices + 1) if devices % n == 0 and 160 % n == 0]
+    assert best[0].shape["expert"] == max(experts)
+
+
+def test_meshes_use_only_the_axes_of_the_rules():
+    assert {m.shape["expert"] for m in meshes(BIG, rules("tp"), 16)} == {1}
+    assert all(m.shape["context"] == 1 for m in meshes(BIG, rules("ep"), 16))
+    assert {m.shape["context"] for m in meshes(BIG, rules("long"), 16)} > {1, 2}
+    assert all(96 % (m.shape["expert"] * m.shape["tensor"]) == 0 for m in meshes(BIG, rules("latency"), 24))
+
+
+def test_search_has_the_best_first():
+    found = search(BIG, 64, batch=64, device="v6e")
+    fits = [p for p in found if p.fits]
+    assert found[: len(fits)] == fits and 0 < len(fits) < len(found)
+    times = [p.cost.seconds for p in fits if p.cost]
+    assert times == sorted(times)
+
+
+def test_what_a_program_may_use():
+    assert usable("h100") == int(0.95 * 84_942_979_072) and usable("v5p:2x2x4") == CHIPS["v5p"].memory
+
+
+def test_a_step_computes_what_its_active_weights_ask():
+    """2 FLOP an active weight a token, whatever the mesh, where nothing is done twice: 32.86 B of them in GLM-4.6."""
+    active = COUNTS[COUNTED["glm-4.6"]]["active_main_with_head"]
+    for mesh in ("data=1", "expert=8", "expert=8,tensor=8", "data=2,expert=4,tensor=2"):
+        at = abstract(mesh)
+        cost = step_cost(BIG, at, rules("ep"), 64, 1, 1, chip("h100"))
+        assert cost.flops * at.size == pytest.approx(2 * 64 * active, rel=0.02), (
+            mesh
+        )  # routers are done on every device
+
+
+def test_a_step_reads_the_experts_it_touches():
+    """One token reads 8 of 160 experts; ten thousand read all."""
+    few, many = (step_cost(BIG, ONE, rules("ep"), n, 1, 1, chip("h100")).bytes for n in (1, 10_000))
+    experts = 89 * 160 * 3 * 1536 * 5120 * 2
+    assert many - few == pytest.approx(experts * 152 / 160, rel=0.01)
+
+
+# ---- the linter and the table
+
+
+def said(findings, kind):
+    return [str(f) for f in findings if f.kind == kind]
+
+
+@pytest.mark.parametrize(
+    "config, mesh, by, text",
+    [
+        (BIG, "expert=7", "ep", "n_routed_experts 160 does not divide over expert=7, the next that do are 5 or 8"),
+        (BIG, "tensor=5", "ep", "num_attention_heads 96 does not divide over tensor=5, the next that do are 4 or 6"),
+        (BIG, "tensor=5", "ep", "vocab_size 151,552 does not divide over tensor=5, the next that do are 4 or 8"),
+        (AIR, "tensor=5", "ep", "intermediate_size 10,944 does not divide over tensor=5, the next that do are 4 or 6"),
+        (
+            AIR,
+            "tensor=12",
+            "ep",
+            "moe_intermediate_size 1,408 does not divide over tensor=12, the next that do are 11 or 16",
+        ),
+    ],
+)
+def test_what_does_not_divide(config, mesh, by, text):
+    errors = lint(config, abstract(mesh), rules(by))
+    assert all(f.kind == "error" and f.severity == "error" for f in errors)
+    assert text in [f.text for f in errors]
+    assert "the nearest meshes that divide: --mesh " in errors[-1].mend
+
+
+def test_the_nearest_meshes_divide():
+    for config, mesh in (
+        (BIG, "expert=7,tensor=16"),
+        (AIR, "tensor=64"),
+        (AIR, "expert=3"),
+        (BIG, "expert=3,tensor=11"),
+    ):
+        near = nearest_meshes(config, abstract(mesh), rules("ep"))
+        assert near and not any(said(lint(config, m, rules("ep")), "error") for m in near)
+
+
+def test_what_is_replicated():
+    found = lint(BIG, abstract("expert=8"), rules("ep"), batch=8)
+    attention = next(f for f in found if "expert layers' attention" in f.text)
+    one = 2 * 96 * 128 * 5120 + 2 * 8 * 128 * 5120 + (96 + 16) * 128
+    assert attention.bytes == 89 * one * 2 * 7 // 8 and attention.total_bytes == 8 * attention.bytes
+    assert "tensor" in attention.mend and attention.severity == "warning"
+    # All that is replicated is all that eight devices hold beyond one copy.
+    held = sum(weight_bytes(BIG, abstract("expert=8"), rules("ep")).values())
+    once = sum(weight_bytes(BIG, ONE, rules("ep")).values())
+    total = sum(f.total_bytes for f in found if f.kind == "replicated")
+    assert total == pytest.approx(8 * held - once, abs=100)
+    assert not said(lint(BIG, ONE, rules("ep")), "replicated")
+
+
+def test_few_kv_heads_are_repeated_and_said():
+    found = lint(BIG, abstract("tensor=16"), rules("ep"), context=202_752)
+    (text,) = (t for t in said(found, "replicated") if "KV heads" in t)
+    assert "8 KV heads over 16 devices: the cache holds 16 heads, each 2 times" in text
+    assert "4.45 GiB a device" in text and "8 devices over heads repeat none" in text
+
+
+def test_a_cache_that_is_the_same_along_an_axis():
+    (text,) = (t for t in said(lint(BIG, abstract("expert=4"), rules("tp"), 4), "replicated") if "cache" in t)
+    assert "the same on all 4 devices along expert" in text
+
+
+def test_padding():
+    (text,) = said(lint(BIG, abstract("expert=8"), rules("ep"), batch=1), "padded")
+    assert "1 rows over data*expert=8: 7 of 8 rows are padding" in text and "--rules latency" in text
+    assert not said(lint(BIG, abstract("expert=8"), rules("ep"), batch=8), "padded")
+    lanes = said(lint(BIG, abstract("tensor=8"), rules("ep")), "padded")
+    assert any("moe_intermediate_size 1,536 is 192 on a device, no multiple of a TPU's 128 lanes" in t for t in lanes)
+    short = said(lint(BIG, abstract("context=8"), rules("long"), context=100), "replicated")
+    assert any("a prompt's part of 100 tokens is no multiple of context=8" in t for t in short)
+
+
+def test_groups_over_hosts():
+    at = abstract("expert=16,tensor=2")
+    assert hosts_of(at, ("expert",), 8) == 4 and hosts_of(at, ("tensor",), 8) == 1
+    (text,) = said(lint(BIG, at, rules("ep"), 16, device="h100:32"), "hosts")
+    assert "groups over expert=16 are on 4 hosts of 8" in text
+    assert not said(lint(BIG, abstract("expert=8"), rules("ep"), 8, device="h100"), "hosts")
+    assert not said(lint(BIG, at, rules("ep"), 16, device="v5p"), "hosts")
+
+
+def test_what_moves_by_hand():
+    """One token a device over expert=8: gathered in bfloat16, 7/8 of 8 x 5120 x 2 bytes sent by each in 89 layers."""
+    moved = [f for f in lint(BIG, abstract("expert=8"), rules("ep"), 8) if f.kind == "moved"]
+    (tokens,) = (f for f in moved if "the tokens of the expert group" in f.text)
+    assert tokens.bytes == 89 * 7 * 5120 * 2 and tokens.text.startswith("89 x all-gather over expert")
+
+
+def test_the_table_of_axes():
+    at = abstract("expert=8,tensor=2")
+    rows = {row[0]: row[1:] for row in axes_table(BIG, at, rules("ep"))}
+    assert set(rows) == {f.name for f in dataclasses.fields(Rules)}
+    held = weight_bytes(dataclasses.replace(BIG, num_nextn_predict_layers=0), at, rules("ep"))
+    assert rows["experts"][:3] == ("expert", 8, "n_routed_experts 160 / 8 = 20")
+    assert rows["experts"][3] == held["experts"] * 90 // 89  # the MTP layer's too
+    assert rows["heads"][:3] == ("tensor", 2, "num_attention_heads 96 / 2 = 48")
+    assert rows["vocab"][3] == held["embedding and head"]
+
+
+# ---- the command
+
+
+def tell(capfd, *argv):
+    code = main(["plan", *map(str, argv)])
+    return code, *capfd.readouterr()
+
+
+def test_the_command(capfd):
+    code, out, err = tell(capfd, "-m", "glm-4.6", "--mesh", "expert=8", "--device", "h100", "--batch", 8)
+    assert code == 1 and err == ""
+    for text in ("logical axis", "160 / 8 = 20", "weights: experts", "IT DOES NOT FIT", "--dtype fp8", "replicated: "):
+        assert text in out
+    assert tell(capfd, "-m", "glm-4.6", "--mesh", "expert=8", "--device", "h100", "--dtype", "fp8")[0] == 0
+    assert tell(capfd, "-m", "glm-4.6")[0] == 0  # no device was named, so nothing is too small
+
+
+def test_the_json(capfd):
+    code, out, _ = tell(capfd, "-m", "glm-4.5-air", "--topology", "h100:8", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["mesh"] == "expert=8" and found["devices"] == 8 and found["fits"] is True
+    keys = "weights_gib cache_gib activations_gib gradients_gib optimizer_gib parts_gib total_gib device_memory_gib "
+    keys += (
+        "usable_gib step_ms step_parts_ms changes axes findings name mesh devices rules batch rows context dtype train"
+    )
+    assert set(found) == {*keys.split(), "device", "fits"}
+    assert set(found["findings"][0]) == {"kind", "severity", "text", "bytes", "total_bytes", "mend"}
+    assert set(found["axes"][0]) == {"axis", "mesh_axes", "size", "divides", "bytes"}
+    code, out, _ = tell(capfd, "-m", "glm-4.5-air", "--devices", 8, "--device", "h100", "--search", "--json")
+    assert code == 0 and json.loads(out)[0]["fits"] is True
+
+
+def test_a_folder_and_a_config_are_plans_too(capfd, tmp_path):
+    config = tiny(**SMALL)
+    write_model(tmp_path / "folder", config)
+    weights = sum(weight_bytes(config, ONE, rules("ep")).values())
+    for where in (tmp_path / "folder", tmp_path / "folder" / "config.json"):
+        code, out, _ = tell(capfd, "-m", where, "--json")
+        assert code == 0 and json.loads(out)["weights_gib"] == round(weights / GIB, 4)
+
+
+@pytest.mark.parametrize(
+    "argv, text",
+    [
+        (("--mesh", "expert=7"), "n_routed_experts 160 does not divide over expert=7, the next that do are 5 or 8"),
+        (("--mesh", "experts=8"), "no axis 'experts'"),
+        (("--mesh", "expert=8", "--rules", "eps"), "--rules eps: unknown, the presets are ep"),
+        (("--device", "h101"), "h101: unknown device, known are a100"),
+        (("--topology", "v5p:2x2"), None),
+        (("--topology", "h100:x"), "write it as h100:16"),
+        (("--mesh", "expert=8", "--devices", "16"), "--mesh expert=8 has 8 devices, --devices 16"),
+        (("--search",), "--search needs --devices N"),
+        (("--compile",), "--compile needs --topology"),
+        (("--devices", "0"), "--devices 0: at least 1"),
+        (("--batch", "0"), "--batch 0 --context 4096: both must be at least 1"),
+        (("--topology", "h100:8", "--device", "h100"), "one of them"),
+        (("--dtype", "fp8", "--train"), "fp8 is how weights are stored"),
+        (("--dtype", "int4"), "invalid choice"),
+    ],
+)
+def test_mistakes_are_one_line(argv, text, capfd):
+    if text is None:  # a slice of two sides is a plan like any other: nothing is compiled
+        assert tell(capfd, "-m", "glm-4.6", *argv)[0] in (0, 1)
+        return
+    try:
+        code, out, err = tell(capfd, "-m", "glm-4.6", *argv)
+    except SystemExit as end:  # argparse's own
+        code, (out, err) = end.code, capfd.readouterr()
+    assert (code, out) == (2, "") and err.startswith("glm-jax: ") and err.count("\n") == 1 and text in err
+
+
+def test_wrong_rules_fail_before_anything_is_made():
+    twice = Rules(heads="expert")  # batch is over it too
+    with pytest.raises(UsageError, match=r"cut the states and their heads over 'expert' \(expert=8\) twice"):
+        plan(BIG, "expert=8", twice)
+    with pytest.raises(UsageError, match="the rule vocab names 'model', the mesh has data, expert"):
+        plan(BIG, "expert=8", Rules(vocab="model"))
+    with pytest.raises(UsageError, match="n_routed_experts 160 over expert=7"):
+        plan(BIG, "expert=7")
+
+
+def test_the_picture():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("agg")
+    axes = plan(BIG, "expert=8", batch=8, device="h100").plot()
+    assert sum(p.get_width() for p in axes.patches) == pytest.approx(plan(BIG, "expert=8", batch=8).total / GIB)
+    pyplot.close("all")
+
+
+def test_a_plan_needs_no_devices():
+    """Not even looked for: a platform that is not there would fail."""
+    env = os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-m", "glm_jax", "plan", "-m", "glm-4.6", "--devices", "16", "--device", "h100", "--json"]
+    made = subprocess.run(argv, env=env, capture_output=True, text=True)
+    assert made.returncode == 0 and made.stderr == "", made.stderr
+
+
+def test_the_kind_of_device_is_known_to_the_dispatch():
+    """A v5e has no ragged all-to-all, so its groups of sixteen gather, which holds more and moves more."""
+    kinds = (lint(BIG, abstract("expert=16", kind), rules("ep"), 16) for kind in (None, described("v5e")))
+    sent, gathered = ({f.text.split()[2] for f in found if f.kind == "moved"} for found in kinds)
+    assert "ragged-all-to-all" in sent and "ragged-all-to-all" not in gathered
