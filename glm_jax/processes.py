@@ -214,10 +214,12 @@ def fail(words: str, interrupted: bool = False) -> str | None:
     job = _job
     job.ending.set()
     own = "was interrupted" if interrupted else f"has failed: {words}"
-    if not job.knows.is_set() and not interrupted and "Error:" in words:  # perhaps for want of another process
+    foreign = not interrupted and "Error:" in words  # a library's: perhaps for want of another process
+    if foreign:
         job.knows.wait(GRACE)
-    if job.knows.is_set() and job.reason is not None and job.reason[1] == "has gone":
-        return f"{job.name(job.reason[0])} {job.reason[1]}"
+    if job.knows.is_set() and job.reason is not None and job.reason[1] != own:
+        if foreign or job.reason[1] == "has gone":
+            return f"{job.name(job.reason[0])} {job.reason[1]}"
     job.send({"end": [job.place.process, own]})
     if job.place.process == 0:
         return words
