@@ -254,7 +254,7 @@ def catch_signals() -> None:
         signal.signal(signal.SIGINT, handler)
     signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
 
-    def watch():
+    def watch(ours: socket.socket, _wakeup: socket.socket):  # an unnamed one would be closed
         while number := ours.recv(1):
             if number[0] not in (signal.SIGINT, signal.SIGTERM):
                 continue
@@ -264,7 +264,7 @@ def catch_signals() -> None:
                 fail("interrupted", interrupted=True)
                 _leave("interrupted", 130)
 
-    threading.Thread(target=watch, daemon=True, name="signals").start()
+    threading.Thread(target=watch, args=(ours, wakeup), daemon=True, name="signals").start()
 
 
 def _leave(words: str | None, code: int) -> None:
