@@ -398,18 +398,22 @@ def _meet(place: Place, wait: float) -> tuple[dict[int, socket.socket], list[str
                         f"{'it' if len(missing) == 1 else 'them'}, or open the port"
                     ) from None
                 line.settimeout(2.0)
-                with contextlib.suppress(OSError, ValueError, KeyError, TypeError, StopIteration):  # a stranger
+                try:
                     hello = _hello(line)
-                    i, n = int(hello["process"]), int(hello["processes"])
-                    if n != place.processes or not 0 < i < n or i in lines:
-                        why = (
-                            f"process {i} of {n} ({hello['host']}) came to {place.coordinator}, where process 0 of "
-                            f"{place.processes} " + ("has met one of that number already" if i in lines else "waits")
-                        )
-                        _send(line, {"no": why + ": check --processes and --process"})
-                        raise UsageError(why + ": check --processes and --process")
-                    _kept_alive(line)
-                    lines[i], hosts[i] = line, str(hello["host"])
+                    i, n, name = int(hello["process"]), int(hello["processes"]), str(hello["host"])
+                except (OSError, ValueError, KeyError, TypeError):  # a stranger
+                    line.close()
+                    continue
+                if n != place.processes or not 0 < i < n or i in lines:
+                    why = (
+                        f"process {i} of {n} ({name}) came to {place.coordinator}, where process 0 of "
+                        f"{place.processes} {'has met one of that number already' if i in lines else 'waits'}: check "
+                        "--processes and --process"
+                    )
+                    _send(line, {"no": why})
+                    raise UsageError(why)
+                _kept_alive(line)
+                lines[i], hosts[i] = line, name
         for line in lines.values():
             _send(line, {"hosts": hosts})
     except BaseException as error:
