@@ -71,10 +71,10 @@ def row(line: dict) -> str:
     from glm_jax.config import preset
     from glm_jax.planner import cache_on_device, weight_bytes, working_bytes
     from glm_jax.sharding import abstract, rules
-    from glm_jax.targets import described
+    from glm_jax.targets import chip
 
     config = dataclasses.replace(preset(line["model"]), num_nextn_predict_layers=0)
-    at, by = abstract(line["mesh"], described(line["target"])), rules(line["rules"])
+    at, by = abstract(line["mesh"], chip(line["target"]).kind), rules(line["rules"])
     arguments = sum(weight_bytes(config, at, by).values())
     arguments += cache_on_device(config, at, by, line["rows"], line["slots"])
     temporaries = sum(working_bytes(config, at, by, line["rows"], line["tokens"], line["slots"]).values())

@@ -5,6 +5,7 @@ share is reading byte ranges."""
 
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -16,10 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glm_jax import processes
 from glm_jax.config import Config
 from glm_jax.convert.safetensors import Tensor, write_folder
 from glm_jax.errors import BadInput
 from glm_jax.model import GLM, fill, weight_path
+from glm_jax.processes import everywhere, exchange
 from glm_jax.sharding import auto
 
 # Our weight -> the tensor's name, and its axes as ours: "(n h)" is one axis of theirs that holds two of ours.
@@ -206,8 +209,19 @@ def load_weights(
         return fill(model, place)
 
 
-def _place(row: Row, leaf, tensors, pool, progress) -> jax.Array:
-    """One weight on its devices. What several devices hold is read once, and rows of which each holds some columns."""
+def bytes_to_read(model: GLM) -> int:
+    """How many bytes of weights, in the model's dtype, this process reads for its devices."""
+    by_path, total = {row.path: row for row in rows(model)}, 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        for spans in _readings(by_path[weight_path(path)], leaf):
+            whole = (*(stop - start for start, stop in spans), *leaf.shape[len(spans) :])
+            total += math.prod(whole) * leaf.dtype.itemsize
+    return total
+
+
+def _readings(row: Row, leaf) -> dict[tuple, dict[tuple, list[jax.Device]]]:
+    """What is to be read of a weight for this process's devices: blocks, and of each the columns that devices hold.
+    What several devices hold is read once, and so are rows of which each holds some columns."""
     columns = len(row.axes[-1]) if len(row.axes) > 1 else 0  # so many of our axes, the last ones
     readings: dict[tuple, dict[tuple, list[jax.Device]]] = {}
     for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
@@ -216,8 +230,13 @@ def _place(row: Row, leaf, tensors, pool, progress) -> jax.Array:
         # Slices are no keys in Python 3.11.
         key = tuple((s.start, s.stop) for s in rows), tuple((s.start, s.stop) for s in cut)
         readings.setdefault(key[0], {}).setdefault(key[1], []).append(device)
+    return readings
+
+
+def _place(row: Row, leaf, tensors, pool, progress) -> jax.Array:
+    """One weight on its devices."""
     shards = []
-    for rows, parts in readings.items():
+    for rows, parts in _readings(row, leaf).items():
         index = (*itertools.starmap(slice, rows), *(slice(0, n) for n in leaf.shape[len(rows) :]))
         cuts = [((..., *itertools.starmap(slice, cut)), device) for cut, to in parts.items() for device in to]
         shards += _put(row, index, leaf.dtype, cuts, tensors, pool, progress)
@@ -267,6 +286,11 @@ def _read(row: Row, index, dtype, tensors, pool) -> np.ndarray:
 def save_weights(model: GLM, folder: str | Path, shard_bytes: int = 5_000_000_000) -> list[Path]:
     """Writes the weights as Hugging Face safetensors, a layer of one weight in host memory at a time."""
     leaves = {weight_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
+    if processes.index():  # of several processes the first writes, and the others help it to what their devices hold
+        while order := exchange(None)[0]:
+            path, *at = order
+            _fetch(leaves[path], *at)
+        return []
     entries, held = [], _Held()
     for row in rows(model):
         leaf = leaves[row.path]
@@ -274,7 +298,22 @@ def save_weights(model: GLM, folder: str | Path, shard_bytes: int = 5_000_000_00
         for name, at in row.tensors():
             get = lambda row=row, leaf=leaf, at=at: held(row, leaf, at)
             entries.append((_order(name), name, (dtype, row.tensor_shape, get)))
-    return write_folder(folder, {name: entry for _, name, entry in sorted(entries, key=lambda e: e[0])}, shard_bytes)
+    try:
+        return write_folder(folder, {n: entry for _, n, entry in sorted(entries, key=lambda e: e[0])}, shard_bytes)
+    finally:
+        exchange(None)  # the others may go on
+
+
+def _fetch(leaf: jax.Array, layer: int | None = None, start: int = 0, size: int = 0) -> jax.Array:
+    """A weight that several processes hold, or of one layer the rows [start, start + size), on every device: called by
+    all of them."""
+    loose = jax.device_put(leaf, jax.NamedSharding(auto(leaf.sharding.mesh), leaf.sharding.spec))
+    return everywhere(loose if layer is None else _rows(loose, layer, start, size))
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _rows(stack, layer, start, size):
+    return jax.lax.dynamic_slice_in_dim(jax.lax.dynamic_index_in_dim(stack, layer, 0, False), start, size, 0)
 
 
 class _Held:
@@ -284,13 +323,26 @@ class _Held:
         self.key, self.value = None, None
 
     def __call__(self, row: Row, leaf, at) -> np.ndarray:
+        together = leaf.is_fully_addressable
         if not row.stacked:
-            return np.asarray(leaf).reshape(row.tensor_shape)
-        if self.key != (row.path, at[0]):
+            return np.asarray(leaf if together else _ask(row.path, leaf)).reshape(row.tensor_shape)
+        if self.key != (row.path, at[0]) and not together:
+            n = leaf.shape[1]  # a part at a time, since every device gets it whole
+            row_bytes = math.prod(leaf.shape[2:]) * leaf.dtype.itemsize
+            size = max(d for d in range(1, n + 1) if n % d == 0 and (d == 1 or d * row_bytes <= WHOLE))
+            parts = [np.asarray(_ask(row.path, leaf, at[0], start, size)) for start in range(0, n, size)]
+            self.key, self.value = (row.path, at[0]), np.concatenate(parts)
+        elif self.key != (row.path, at[0]):
             loose = jax.device_put(leaf, jax.NamedSharding(auto(leaf.sharding.mesh), leaf.sharding.spec))
             self.key, self.value = (row.path, at[0]), np.asarray(loose[at[0]])
         assert self.value is not None
         return self.value[at[1:]].reshape(row.tensor_shape)
+
+
+def _ask(path: str, leaf, *at) -> jax.Array:
+    """`_fetch`, of which the other processes are told."""
+    exchange([path, *at])
+    return _fetch(leaf, *at)
 
 
 def _order(name: str):

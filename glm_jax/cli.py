@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from glm_jax import __version__
+from glm_jax import __version__, processes
 from glm_jax.errors import BadInput, GLMError, NoSpace, UsageError
 
 INTERRUPTED, IO_ERROR = 130, 74
@@ -23,21 +23,27 @@ INTERRUPTED, IO_ERROR = 130, 74
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line and returns its exit code: 0 done, 1 failed, 2 usage, or the error's own for a bad folder."""
     args = _parser().parse_args(argv)
+    interrupted, quiet = False, args.quiet
     with contextlib.ExitStack() as stack:
         if args.quiet:  # XLA and absl write to the file descriptor, not to sys.stderr
-            stack.enter_context(_silent_stderr())
+            processes.stderr = stack.enter_context(_silent_stderr())
         stack.enter_context(warnings.catch_warnings())
         warnings.showwarning = lambda message, *_: _say(args, f"warning: {message}")
-        args.interrupts = stack.enter_context(_interrupts())
+        args.interrupts = stack.enter_context(_interrupts(args))
         try:
             _quiet_libraries()
-            return args.run(args)
+            if hasattr(args, "processes"):
+                processes.start(args.coordinator, args.processes, args.process)
+            if processes.count() > 1:
+                stack.enter_context(_one_of_several(args))
+            code = args.run(args)
+            processes.finish()
+            return code
         except KeyboardInterrupt:
-            _say(args, "\nglm-jax: interrupted")
-            return INTERRUPTED
+            interrupted, code, failure = True, INTERRUPTED, "" if quiet else "\nglm-jax: interrupted\n"
         except BrokenPipeError:  # the reader of our output has gone, as `| head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
+            code, failure = 1, ""
         except (GLMError, OSError, MemoryError) as error:
             if args.debug:
                 raise
@@ -52,7 +58,12 @@ def main(argv: list[str] | None = None) -> int:
             advice = "a shorter prompt, fewer --max-tokens, or a --mesh of more devices needs less"
             failure = f"glm-jax: the device's memory is full ({first[:200]}); {advice}\n" if code != 1 else ""
             failure = failure or f"glm-jax: {type(error).__name__}: {first} (--debug shows where; please report it)\n"
+    if processes.count() > 1:
+        own = "interrupted" if interrupted else failure.strip().removeprefix("glm-jax: ") or "its output was closed"
+        words = processes.fail(own, interrupted)
+        failure, code = ("" if words is None else failure, code) if words in (None, own) else (f"glm-jax: {words}\n", 1)
     sys.stderr.write(failure)  # also with --quiet: an error is not chatter
+    processes.leave(code)  # if there are others
     return code
 
 
@@ -60,7 +71,7 @@ def generate(args: argparse.Namespace) -> int:
     """One answer, streamed, then three lines of numbers."""
     from glm_jax.generation import stream_generate
 
-    text = _stdin(sys.stdin.read) if args.prompt == "-" else args.prompt
+    text = _shared(sys.stdin.read) if args.prompt == "-" else args.prompt
     if text is None:
         raise UsageError("--prompt is missing: -p TEXT, or -p - to read it from stdin")
     if not text:
@@ -91,7 +102,8 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def chat(args: argparse.Namespace) -> int:
-    """A conversation: Ctrl-C stops an answer, Ctrl-D or /exit leaves, /clear starts anew."""
+    """A conversation: Ctrl-C stops an answer, Ctrl-D or /exit leaves, /clear starts anew. Of several processes the
+    first reads what is typed."""
     from glm_jax.generation import stream_generate
 
     tools, options = _tools(args.tools), _sampling(args)
@@ -102,13 +114,17 @@ def chat(args: argparse.Namespace) -> int:
     messages = list(first)
     _say(args, "Ctrl-C stops an answer, /clear forgets, /exit or Ctrl-D leaves.")
     while True:
+        text = None
         try:
-            text = _stdin(lambda: input("> " if sys.stdin.isatty() and not args.quiet else "")).strip()
+            if processes.index() == 0:
+                text = _stdin(lambda: input("> " if sys.stdin.isatty() and not args.quiet else "")).strip()
         except UsageError as error:
             print(f"glm-jax: {error}", file=sys.stderr)
             continue
         except (EOFError, KeyboardInterrupt):
             print()
+        text = processes.exchange(text)[0]
+        if text is None:
             return 0
         if text in ("/exit", "/quit"):
             return 0
@@ -123,15 +139,18 @@ def chat(args: argparse.Namespace) -> int:
                 stream = stream_generate(
                     model, tokenizer, turn, tools=tools, enable_thinking=not args.no_think, **options
                 )
-                for last in _watched(args, stream):
+                for last in _watched(args, stream, together=True):
                     print(last.text, end="", flush=True)
                     reasoning, content = reasoning + last.reasoning, content + last.content
                     calls += last.tool_calls
             except UsageError as error:  # the conversation has outgrown the context: say so and stay
-                print(f"glm-jax: {error}", file=sys.stderr)
+                _say(args, f"glm-jax: {error}", always=processes.index() == 0)
                 continue
-            except KeyboardInterrupt:
+            except _Stopped:
                 pass
+            except KeyboardInterrupt:
+                if processes.count() > 1:  # the others know nothing of it
+                    raise
             print(flush=True)
             answer: dict[str, Any] = {"role": "assistant", "content": content, "reasoning_content": reasoning}
             messages = [*turn, answer | ({"tool_calls": calls} if calls else {})]
@@ -198,7 +217,7 @@ def plan(args: argparse.Namespace) -> int:
     from glm_jax import planner
     from glm_jax.linter import axes_table, lint
     from glm_jax.sharding import abstract, rules
-    from glm_jax.targets import described, devices
+    from glm_jax.targets import chip, devices
 
     device = args.topology or args.device
     if args.topology and args.device:
@@ -224,7 +243,7 @@ def plan(args: argparse.Namespace) -> int:
         else:
             _plans(found)
         return 0 if device is None or any(p.fits for p in found) else 1
-    kind = described(device)
+    kind = chip(device).kind if device else None
     asked = abstract(args.mesh, kind) if args.mesh else None
     if asked and count and asked.size != count:
         raise UsageError(
@@ -357,6 +376,10 @@ def _model_flags(p: argparse.ArgumentParser):
     p.add_argument("--revision", help="of a Hub id: branch, tag or commit")
     p.add_argument("--token", help="for the Hub (default: the one you logged in with)")
     p.add_argument("--offline", action="store_true", help="never go to the Hub, use what is downloaded")
+    several = "of several processes; Slurm, Open MPI and TPU slices tell it by themselves"
+    p.add_argument("--coordinator", metavar="HOST:PORT", help=f"where process 0 is, {several}")
+    p.add_argument("--processes", type=int, metavar="N", help="how many there are (default 1)")
+    p.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
 
 
 def _sampling_flags(p: argparse.ArgumentParser):
@@ -463,8 +486,45 @@ def _progress(args: argparse.Namespace, what: str):
         yield lambda done, total: bar.update(task, completed=done, total=total, visible=time.monotonic() - begin > 1)
 
 
+def _shared(read: Callable[[], str]) -> str:
+    """What process 0 reads from stdin, in every process."""
+    text = ""
+    with processes.agreed():
+        if processes.index() == 0:
+            text = _stdin(read)
+    return processes.exchange(text)[0]
+
+
 @contextlib.contextmanager
-def _interrupts():
+def _one_of_several(args: argparse.Namespace):
+    """Process 0 alone prints, and only what Python does: libraries' chatter on stdout would be in the answer."""
+    ignored = ("run", "interrupts", "coordinator", "process", "token", "quiet", "debug")
+    flags = processes.exchange({k: v for k, v in vars(args).items() if k not in ignored})
+    for i, theirs in enumerate(flags):
+        for name in (name for name in theirs if theirs[name] != flags[0][name]):
+            raise UsageError(
+                f"process {i} was started with --{name.replace('_', '-')} {theirs[name]}, process 0 with "
+                f"{flags[0][name]}: give all the same"
+            )
+    processes.catch_signals()
+    before, kept = sys.stdout, os.dup(1)
+    before.flush()
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(2 if "NCCL_DEBUG" in os.environ else nowhere.fileno(), 1)
+    if processes.index():
+        args.quiet = True
+    sys.stdout = open(os.devnull if processes.index() else kept, "w", encoding="utf-8", closefd=processes.index() > 0)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout = before
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextlib.contextmanager
+def _interrupts(args: argparse.Namespace):
     """A list that grows with every Ctrl-C. It raises KeyboardInterrupt too, which is lost where Python runs a library's
     destructor or callback."""
     pressed: list[int] = []
@@ -476,7 +536,8 @@ def _interrupts():
 
     def interrupt(number, _):
         pressed.append(number)
-        raise KeyboardInterrupt
+        if number != signal.SIGINT or not getattr(args, "held", False):
+            raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
     try:
@@ -485,8 +546,15 @@ def _interrupts():
         signal.signal(signal.SIGINT, before)
 
 
-def _watched(args: argparse.Namespace, stream):
-    """The stream, ended by a Ctrl-C that was lost; and a note if nothing comes for some seconds."""
+class _Stopped(KeyboardInterrupt):
+    """A Ctrl-C that all processes know of."""
+
+
+def _watched(args: argparse.Namespace, stream, together: bool = False):
+    """The stream, ended by a Ctrl-C that was lost; and a note if nothing comes for some seconds. `together`: a Ctrl-C
+    at process 0 stops all processes after the same token."""
+    together = together and processes.count() > 1
+    args.held = together and processes.index() == 0
     seen = len(args.interrupts)
     note = threading.Timer(3.0, _say, (args, "no token yet: compiling (kept for the next run) or reading the prompt"))
     note.daemon = True
@@ -495,9 +563,12 @@ def _watched(args: argparse.Namespace, stream):
         for response in stream:
             note.cancel()
             yield response
-            if len(args.interrupts) > seen:
+            if together and processes.exchange(len(args.interrupts) > seen)[0]:
+                raise _Stopped
+            if not together and len(args.interrupts) > seen:
                 raise KeyboardInterrupt
     finally:
+        args.held = False
         note.cancel()
 
 
@@ -520,15 +591,15 @@ def _silent_stderr():
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
-        yield
+        yield kept
     finally:
         sys.stderr.flush()
         os.dup2(kept, 2)
         os.close(kept)
 
 
-def _say(args: argparse.Namespace, text: str):
-    if not args.quiet:
+def _say(args: argparse.Namespace, text: str, always: bool = False):
+    if always or not args.quiet:
         print(text, file=sys.stderr, flush=True)
 
 

@@ -7,10 +7,10 @@ and a quarter for P = 32. Neither drops a token, whatever the routing."""
 
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
 
 GATHERED = 8  # devices of a group up to which gathering moves no more: the experts of a token, in every published GLM
 NEVER_SENT = ("TPU v5 lite",)  # kinds of device that have no ragged all-to-all
@@ -18,10 +18,9 @@ NEVER_SENT = ("TPU v5 lite",)  # kinds of device that have no ragged all-to-all
 Work = Callable[..., jax.Array]  # (tokens, ids, share, dtype of the sum)
 
 
-def sends(devices: int, mesh) -> bool:
-    """Whether the tokens of groups of so many devices are sent, not gathered."""
-    device = mesh.abstract_device if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0]
-    return devices > GATHERED and getattr(device, "device_kind", "") not in NEVER_SENT
+def sends(devices: int, kind: str) -> bool:
+    """Whether the tokens of groups of so many devices of this kind are sent, not gathered."""
+    return devices > GATHERED and kind not in NEVER_SENT
 
 
 def gathered(tokens, ids, share, work: Work, axes: tuple[str, ...]):
@@ -52,11 +51,10 @@ def sent(tokens, ids, share, work: Work, axes: tuple[str, ...], peer):
     counts = jax.lax.all_gather((to[:, None] == jnp.arange(P)).sum(0, dtype=jnp.int32), axes)  # [from, to]
     # Ids travel as float32, which holds them exactly, beside the shares, which have a gradient.
     extra = jnp.concatenate([jax.lax.stop_gradient(ids).astype(jnp.float32), share], 1)
-    send = lambda a: _send(a, counts, P * T, axes)
-    got, extra = send(tokens[rows]), send(extra[rows])
+    got, extra = (cast(jax.Array, _send(a[rows], counts, P * T, axes)) for a in (tokens, extra))
     here = jnp.arange(P * T)[:, None] < counts[:, jax.lax.axis_index(axes)].sum()
     y = work(got, jnp.where(here, extra[:, :k].astype(jnp.int32), -1), extra[:, k:], tokens.dtype)
-    back = _send(y, counts.T, rows.shape[0], axes)
+    back = cast(jax.Array, _send(y, counts.T, rows.shape[0], axes))
     place = jnp.minimum(place, rows.shape[0] - 1).reshape(T, k)
     part = lambda j: jnp.where(stands[:, j, None], back[place[:, j]].astype(jnp.float32), 0)
     return functools.reduce(jnp.add, map(part, range(k)))

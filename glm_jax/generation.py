@@ -18,6 +18,7 @@ from glm_jax.errors import UsageError
 from glm_jax.model import GLM, PREFILL_CHUNK, batch_shards, bucket, cached_heads, checked_ids, in_mesh, round_up
 from glm_jax.parsing import ResponseStream
 from glm_jax.planner import refuse_if_no_room
+from glm_jax.processes import everywhere, placed
 from glm_jax.sample import Sampling, sample
 from glm_jax.tokenizer import Tokenizer
 
@@ -184,9 +185,9 @@ def generate_steps(
     refuse_if_no_room(model, rows, size)
     cache = model.cache(rows, size)
     # The arguments of every step have one sharding from the first on, or the second would be compiled again.
-    place = lambda a, *axes: jax.device_put(a, jax.NamedSharding(model.mesh, model.rules(*axes)))
+    place = lambda a, *axes: placed(a, jax.NamedSharding(model.mesh, model.rules(*axes)))
     keys, seen = place(keys, "batch"), place(seen, "batch", None)
-    sampling = jax.device_put(sampling, jax.NamedSharding(model.mesh, jax.P()))
+    sampling = placed(sampling, jax.NamedSharding(model.mesh, jax.P()))
     real = np.arange(rows) < len(prompts)  # the rest only fills the mesh: no token of it is worked on
     token, logprob = place(np.zeros((rows, 1), np.int32), "batch", None), place(np.zeros(rows, np.float32), "batch")
     for chunk in range(chunks):
@@ -210,14 +211,17 @@ def generate_steps(
             chunk == 0 and ids.shape[1] > 1,
         )
     one, real = place(real.astype(np.int32), "batch"), place(real, "batch")
-    ahead = token, logprob
+    # A copy is asked for before the next step is under way, or it would come after it.
+    readable = everywhere if model.mesh.is_multi_process else lambda step: step
+    ahead = readable((token, logprob))
     for n in range(steps):
         if n:
             token, logprob, cache, seen = _step(
                 graph, state, cache, seen, token, one, real, token, logprob, sampling, keys, False
             )
+            after = readable((token, logprob))
             yield _on_host(ahead, len(prompts))
-            ahead = token, logprob
+            ahead = after
     if steps:
         yield _on_host(ahead, len(prompts))
 
@@ -266,8 +270,10 @@ def lower_step(model: GLM, rows: int, tokens: int, slots: int, platform: str | N
         return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(model.mesh, model.rules(*axes)))
 
     c, heads = model.config, cached_heads(model.config, model.mesh, model.rules)
-    kv = place(c.dtype, (c.num_hidden_layers, rows, heads, slots, c.head_dim), None, "batch", "heads", "slots", None)
-    row = place(np.int32, (rows,), "batch")
+    kv: Any = place(
+        c.dtype, (c.num_hidden_layers, rows, heads, slots, c.head_dim), None, "batch", "heads", "slots", None
+    )
+    row: Any = place(np.int32, (rows,), "batch")
     graph, state = nnx.split(model)
     step = jax.jit(in_mesh(_next_logits), static_argnums=(0, 5), donate_argnums=2)
     traced = step.trace(

@@ -1,6 +1,7 @@
 """From a Hugging Face folder to a model on a mesh, and back."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ from glm_jax.convert.safetensors import Tensor, read_folder, read_index
 from glm_jax.errors import BadInput, DestinationError, UsageError
 from glm_jax.model import GLM, check_mesh
 from glm_jax.planner import default_mesh, first_layers, refuse_if_too_large
-from glm_jax.sharding import Rules
+from glm_jax.processes import agreed, count, exchange, index
+from glm_jax.sharding import Rules, describe
 from glm_jax.sharding import mesh as make_mesh
 from glm_jax.sharding import rules as make_rules
 from glm_jax.tokenizer import Tokenizer
@@ -43,25 +45,36 @@ def load(
     layers only. `progress(done, total)` is told bytes. Everything is checked, the memory too, before a weight is read.
     Raises BadInput, MissingInput, NoSpace or UsageError, each with one line that says what to change."""
     options: dict[str, Any] = {"revision": revision, "token": token, "offline": offline}
-    folder = fetch(path, **options)
-    config, indexed, wanted = read_config(folder, dtype, layers)
-    rules = make_rules(rules)
-    mesh = make_mesh(default_mesh(config, rules, jax.devices()) if mesh is None else mesh)
-    check_mesh(config, mesh, rules)
-    tokenizer = Tokenizer.read(folder)
-    if tokenizer and tokenizer.size > config.vocab_size:
-        raise BadInput(f"{folder}: the tokenizer has {tokenizer.size} ids, the model only {config.vocab_size}")
-    name = f"{path} in {config.dtype.name}"
-    sure = config if indexed else dataclasses.replace(config, num_nextn_predict_layers=0)  # there may be no MTP layer
-    refuse_if_too_large(sure, mesh, rules, name)
-    fetch_weights(path, folder, indexed, **options)
-    config, tensors = read_tensors(folder, config, wanted)
-    refuse_if_too_large(config, mesh, rules, name)
+    with agreed():
+        folder = fetch(path, **options)
+        config, indexed, wanted = read_config(folder, dtype, layers)
+        rules = make_rules(rules)
+        if mesh is None:
+            mesh = default_mesh(config, rules, sorted(jax.devices(), key=lambda d: d.process_index != index()))
+    if count() > 1 and isinstance(mesh, str):  # what is free differs between hosts, and so may the default
+        mesh = exchange(mesh)[0]
+    with agreed():
+        mesh = make_mesh(mesh)
+        check_mesh(config, mesh, rules)
+        _check_all_take_part(mesh)
+        tokenizer = Tokenizer.read(folder)
+        if tokenizer and tokenizer.size > config.vocab_size:
+            raise BadInput(f"{folder}: the tokenizer has {tokenizer.size} ids, the model only {config.vocab_size}")
+        name = f"{path} in {config.dtype.name}"
+        # There may be no MTP layer.
+        sure = config if indexed else dataclasses.replace(config, num_nextn_predict_layers=0)
+        refuse_if_too_large(sure, mesh, rules, name)
+        fetch_weights(path, folder, indexed, **options)
+        config, tensors = read_tensors(folder, config, wanted)
+        refuse_if_too_large(config, mesh, rules, name)
+    if count() > 1:
+        shapes = sorted((t.name, t.dtype, t.shape, t.offset) for t in tensors.values())
+        _check_same(config, shapes, describe(mesh), rules)
     model = GLM(config, mesh, rules, seed=None)
     if tokenizer:
         tokenizer.stop_ids = config.eos_token_id
         model.token_limit = tokenizer.size
-    total = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(model))
+    total = hf.bytes_to_read(model)
     done = 0
 
     def report(nbytes: int):
@@ -70,7 +83,28 @@ def load(
         if progress:
             progress(done, total)
 
-    return hf.load_weights(model, tensors, report), tokenizer
+    with agreed():
+        return hf.load_weights(model, tensors, report), tokenizer
+
+
+def _check_same(*what: Any) -> None:
+    """Processes that load different models would wait for each other for ever."""
+    digests = exchange(hashlib.sha256(repr(what).encode()).hexdigest())
+    if others := [i for i, digest in enumerate(digests) if digest != digests[0]]:
+        raise BadInput(
+            f"process {others[0]} was given another model, --mesh, --rules, --dtype or --layers than process 0: "
+            "give all the same"
+        )
+
+
+def _check_all_take_part(mesh) -> None:
+    """Each of several processes must have a device of the mesh, or it could neither work nor wait."""
+    idle = sorted({d.process_index for d in jax.devices()} - {d.process_index for d in mesh.devices.flat})
+    if idle and count() > 1:
+        raise UsageError(
+            f"--mesh {describe(mesh)} takes {mesh.size} of {jax.device_count()} devices, and none of process "
+            f"{', '.join(map(str, idle))}: take a mesh of all devices, or start fewer processes"
+        )
 
 
 def fetch_weights(path: "str | Path", folder: Path, indexed: dict[str, str] | None, revision=None, **options) -> None:
@@ -155,12 +189,30 @@ def save(model: GLM, folder: "str | Path", tokenizer: "Tokenizer | None" = None)
     """Writes a Hugging Face folder that `load` and transformers read: the weights as they are now, in the model's
     dtype (the router bias in float32), config.json, generation_config.json, and the tokenizer's files.
 
-    The folder may exist, but not with a model in it (DestinationError)."""
+    The folder may exist, but not with a model in it (DestinationError). Of several processes all must call it, and
+    process 0 writes."""
     folder = Path(folder)
+    if count() == 1 and getattr(model.mesh, "is_multi_process", False):
+        raise UsageError(
+            "save: the processes know nothing of each other: call glm_jax.processes.start() first, in each"
+        )
+    with agreed():
+        if index() == 0:
+            _check_destination(folder)
+    with agreed():
+        hf.save_weights(model, folder)
+    with agreed():
+        if index() == 0:
+            _save_the_rest(model, folder, tokenizer)
+
+
+def _check_destination(folder: Path):
     if folder.is_file() or (folder / "config.json").exists():
         raise DestinationError(f"{folder}: is a file or holds a model already; give another folder, or remove it first")
     folder.mkdir(parents=True, exist_ok=True)
-    hf.save_weights(model, folder)
+
+
+def _save_the_rest(model: GLM, folder: Path, tokenizer: "Tokenizer | None"):
     config = model.config.to_dict()
     generation = generation_defaults(tokenizer.folder) if tokenizer else {}  # temperature and the like
     generation |= {"eos_token_id": config["eos_token_id"], "pad_token_id": config["pad_token_id"]}

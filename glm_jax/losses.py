@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from glm_jax.errors import UsageError
 from glm_jax.model import GLM, ahead, batch_shards, checked_ids, hand_out, in_mesh, with_all_gradients
+from glm_jax.processes import placed
 
 
 def loss(model: GLM, ids, mask=None, mtp_weight: float = 0.0, remat: bool = True):
@@ -35,7 +36,7 @@ def loss(model: GLM, ids, mask=None, mtp_weight: float = 0.0, remat: bool = True
         raise UsageError(f"mask must say of each of the ids {ids.shape} whether it counts, its shape is {mask.shape}")
     # Placed, so that outside jit the parts without a weight still know their devices.
     rules = model.rules_for(ids.shape[1])
-    ids, mask = jax.device_put((ids, mask), jax.NamedSharding(model.mesh, rules("batch", "seq")))
+    ids, mask = placed((ids, mask), jax.NamedSharding(model.mesh, rules("batch", "seq")))
     graph, state = nnx.split(model)
     mean, metrics = _loss(graph, state, ids, mask, float(mtp_weight), remat)
     if isinstance(jnp.zeros(()), Tracer):  # staged, so inside jit and beside weights: as the weights are

@@ -25,7 +25,8 @@ from glm_jax import dispatch, kernels
 from glm_jax.cache import Cache, write
 from glm_jax.config import Config
 from glm_jax.errors import UsageError
-from glm_jax.sharding import Rules, auto, describe, mesh_axes
+from glm_jax.processes import everywhere, placed
+from glm_jax.sharding import Rules, auto, describe, device_kind, mesh_axes
 from glm_jax.sharding import mesh as make_mesh
 from glm_jax.sharding import rules as make_rules
 
@@ -307,7 +308,7 @@ class MoE(nnx.Module):
             def work(tokens, ids, share, dtype):
                 return kernels.routed_experts(tokens, ids - first, share, gate_up, down, layer, dtype)
 
-            if not dispatch.sends(jax.lax.axis_size(own) if own else 1, step.mesh):
+            if not dispatch.sends(jax.lax.axis_size(own) if own else 1, device_kind(step.mesh)):
                 y = dispatch.gathered(tokens, ids, share, work, own)
             else:
                 sizes = [jax.lax.axis_size(a) for a in experts]
@@ -394,7 +395,9 @@ class GLM(nnx.Module):
         self.dense = Layer(config, weight, config.dense_layers, moe=False) if config.dense_layers else None
         self.moe = Layer(config, weight, config.moe_layers, moe=True) if config.moe_layers else None
         self.norm = weight((D,))
-        self.head = None if config.tie_word_embeddings else weight(self.embed.shape, "vocab", "width", stacked=False)
+        self.head = (
+            None if config.tie_word_embeddings else weight((config.vocab_size, D), "vocab", "width", stacked=False)
+        )
         self.mtp = MTP(config, weight) if config.num_nextn_predict_layers else None
         if seed is not None:
             fill(self, functools.partial(_noise, seed))
@@ -416,10 +419,10 @@ class GLM(nnx.Module):
             if not is_traced(cache.length):
                 if cache.length.is_deleted():
                     raise UsageError("this cache is spent: go on with the one that the call it was given to returned")
-                _check_room(int(np.max(cache.length)), T, cache.size)
+                _check_room(int(np.max(everywhere(cache.length))), T, cache.size)
         ids = (jnp if isinstance(ids, Tracer) else np).pad(ids, ((0, rows - B), (0, width - T)))
         # Placed, so that no part of the computation is left without an array that says which devices it runs on.
-        ids = jax.device_put(ids, jax.NamedSharding(self.mesh, rules("batch", "seq")))
+        ids = placed(ids, jax.NamedSharding(self.mesh, rules("batch", "seq")))
         graph, state = nnx.split(self)
         advance = np.where(np.arange(rows) < B, T, 0).astype(np.int32)
         logits, cache = _call(graph, state, ids, cache, advance, is_traced(self))

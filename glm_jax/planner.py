@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractMesh
 
+from glm_jax import dispatch
 from glm_jax.cache import cache_bytes
 from glm_jax.config import Config
 from glm_jax.costs import Cost, step_cost
@@ -26,16 +27,17 @@ from glm_jax.model import (
     rules_for,
     weight_path,
 )
-from glm_jax.sharding import PRESETS, Rules, abstract, describe, mesh_axes
+from glm_jax.sharding import PRESETS, Rules, abstract, describe, device_kind, mesh_axes
 from glm_jax.sharding import mesh as make_mesh
 from glm_jax.sharding import rules as make_rules
-from glm_jax.targets import GIB, GPUS, chip, described
+from glm_jax.targets import GIB, GPUS, chip
 
 # Of a GPU's memory what CUDA, NCCL's buffers and fragments leave, as XLA_PYTHON_CLIENT_MEM_FRACTION=.95 sets it; a
 # TPU's is given net of what its runtime keeps.
 USABLE = 0.95
 FP8 = ("q", "k", "v", "o", "gate_up", "down")  # the matrices that the published FP8 checkpoints store in one byte
 FP8_SCALE = 4  # bytes of the float32 scale that they have for each output of a matrix
+ON_CHIP = 2**26  # bytes of a slice up to which a TPU keeps it in VMEM
 ADAMW = 12  # bytes a weight: its float32 copy and two float32 moments
 SLOTS = 256  # a --context that is offered is a multiple of this
 
@@ -107,25 +109,54 @@ def _kind(name: str) -> str:
 
 
 def working_bytes(config: Config, mesh, rules: Rules, rows: int, tokens: int, slots: int) -> dict[str, int]:
-    """Bytes of XLA's temporaries on one device in a step of `tokens` for each of `rows`, by what they are. The formula
-    is docs/plan.md's."""
+    """Bytes of XLA's temporaries on one device in a step of `tokens` for each of `rows`, by what they are, at the point
+    where they are most. The terms are buffers of the compiled program, and how many of a kind XLA holds at once differs
+    between TPU and GPU; where the mesh does not say what its devices are, it is the one that holds more. docs/plan.md
+    has the formula, and benchmarks/compile_table.py sets it beside XLA's account."""
+    kind = device_kind(mesh)
+    tpu = kind.startswith("TPU")
+    if kind in ("", "cpu"):
+        both = (_working_bytes(config, mesh, rules, rows, tokens, slots, tpu) for tpu in (False, True))
+        return max(both, key=lambda terms: sum(terms.values()))
+    return _working_bytes(config, mesh, rules, rows, tokens, slots, tpu)
+
+
+def _working_bytes(config: Config, mesh, rules: Rules, rows: int, tokens: int, slots: int, tpu: bool) -> dict[str, int]:
     c, wide = config, config.dtype.itemsize
     rules = rules_for(mesh, rules, tokens)
+    size = lambda *axes: axes_size(mesh, *axes)
+    B, T = rows // size(rules.batch), tokens // size(rules.seq)
+    D, k, N = c.hidden_size, c.num_experts_per_tok, c.num_attention_heads // size(rules.heads)
+    always = {"states": 3 * B * T * D * wide, "logits": B * c.vocab_size // size(rules.vocab) * (wide + 4)}
+    held = lambda *slices: sum(n for n in slices if not tpu or n > ON_CHIP)
+    one = D * N * c.head_dim * wide  # a layer's q, or its o, out of their stack
+    # Attention. Of a prompt, queries, their rotation and the result, and scores in float32 and as they are multiplied
+    # by the values; of one token, the layer's keys and values out of the cache, and its scores.
+    if T > 1:
+        _, block = attention_blocks(B, T, N, slots)
+        scores = B * N * block * min(slots, tokens) * (4 + wide)
+        attention = {"queries and heads' outputs": 3 * B * T * N * c.head_dim * wide, "scores of a block": scores}
+    else:
+        own_slots, kv = slots // size(rules.slots), cached_heads(c, mesh, rules) // size(rules.heads)
+        layer = B * kv * own_slots * c.head_dim * wide
+        attention = {"a layer's keys and values": held(layer, layer), "scores": held(B * N * own_slots * (4 + wide))}
+        attention["slices of weights"] = held(one)
+    # The experts: the tokens of the group as they come and what becomes of them, and the rows that are worked on at
+    # once: read, looked up, multiplied.
     own = [a for a in mesh_axes([rules.experts]) if a in mesh_axes([rules.batch, rules.seq])]
-    mine = rows * tokens // axes_size(mesh, rules.batch, rules.seq)
-    group = mine * axes_size(mesh, *own)
-    D, F, k = c.hidden_size, c.moe_intermediate_size // axes_size(mesh, rules.expert_ffn), c.num_experts_per_tok
+    group, F = B * T * size(*own), c.moe_intermediate_size // size(rules.expert_ffn)
     at_once = min(group, rows_at_once(k, D)) * k
-    B, T = rows // axes_size(mesh, rules.batch), tokens // axes_size(mesh, rules.seq)
-    N = c.num_attention_heads // axes_size(mesh, rules.heads)
-    _, block = attention_blocks(B, T, N, min(slots, tokens))
-    return {
-        "tokens of the expert group": group * D * (wide + 4) if c.moe_layers else 0,
-        "rows of the experts": at_once * (2 * D * wide + 2 * F * wide) if c.moe_layers else 0,
-        "queries, keys and values": 3 * mine * N * c.head_dim * wide,
-        "scores of a block": B * N * block * min(slots, tokens) * 6,
-        "logits": B * c.vocab_size // axes_size(mesh, rules.vocab) * 4,
-    }
+    if dispatch.sends(size(*own), device_kind(mesh)):
+        in_and_out = held(group * D * wide) * (4 if tpu else 2)
+    else:
+        in_and_out = held(group * D * 4) // 4 * (wide + 4) * (3 if tpu else 2) // 2
+    per_row = (2 * D + 2 * F) / D if tpu else (D + 3 * F) / D
+    experts = {"the expert group's tokens": in_and_out, "rows of the experts": int(held(at_once * D * wide) * per_row)}
+    # A layer's slices of stacked weights.
+    dense = 2 * D * c.intermediate_size // size(rules.ffn) * wide if c.dense_layers > 1 else 0
+    weights = {"slices of weights": held(one, dense) if tpu else max(one, dense)}
+    phases = (attention, experts if c.moe_layers else {}, weights)
+    return always | max(phases, key=lambda terms: sum(terms.values()))
 
 
 def _temporaries(config: Config, mesh, rules: Rules, rows: int, slots: int) -> dict[str, int]:
@@ -172,7 +203,7 @@ def refuse_if_no_room(model: GLM, batch: int, context: int) -> None:
 Total = Callable[[Any], int]  # a mesh -> bytes on its fullest device
 
 
-def meshes(config: Config, rules: Rules, devices: int, kind: AbstractDevice | None = None) -> Iterator[AbstractMesh]:
+def meshes(config: Config, rules: Rules, devices: int, kind: str | None = None) -> Iterator[AbstractMesh]:
     """Every mesh of so many devices that divides the model. Axes that the rules do not use have size 1: devices along
     them would all do the same."""
     used = mesh_axes([getattr(rules, f.name) for f in dataclasses.fields(rules)])
@@ -191,7 +222,7 @@ def meshes(config: Config, rules: Rules, devices: int, kind: AbstractDevice | No
                 yield layout
 
 
-def best_mesh(config: Config, rules: Rules, devices: int, memory: int | None, total: Total, kind=None):
+def best_mesh(config: Config, rules: Rules, devices: int, memory: int | None, total: Total, kind: str | None = None):
     """(mesh, its bytes) of so many devices, or None if none divides the model. Of those that fit `memory` (None: all)
     the one with most over `expert`, then least over `data` and `context`; if none fits, the one that needs least."""
     found = [(layout, total(layout)) for layout in meshes(config, rules, devices, kind)]
@@ -204,7 +235,7 @@ def default_mesh(config: Config, rules: Rules, devices: list) -> str:
     """The mesh for these devices, as `best_mesh` has it for one row of 4,096 tokens; if no mesh of all of them divides
     the model, of as many as do."""
     total = lambda layout: needs(config, layout, rules).total
-    memory, kind = device_bytes(devices[0]), make_mesh("", devices[:1]).abstract_mesh.abstract_device
+    memory, kind = device_bytes(devices[0]), devices[0].device_kind
     for count in range(len(devices), 0, -1):
         if best := best_mesh(config, rules, count, memory, total, kind):
             return describe(best[0])
@@ -239,7 +270,7 @@ def first_layers(config: Config, layers: int) -> Config:
 
 def _other_meshes(config: Config, mesh, rules: Rules, memory: int, total: Total) -> Iterator[str]:
     """A mesh of as many devices that fits, and one of more: of the fewest, in powers of two or such times as many."""
-    kind = getattr(mesh, "abstract_mesh", mesh).abstract_device
+    kind = device_kind(mesh) or None
     more = {2**n for n in range(13)} | {mesh.size * 2**n for n in range(13)}
     for devices in sorted(n for n in more if mesh.size <= n <= max(mesh.size, 4096)):
         best = best_mesh(config, rules, devices, memory, total, kind)
@@ -342,7 +373,7 @@ class Plan:
     def plot(self, axes=None):
         """One bar of the parts, and a line where the device's memory ends, on matplotlib's `axes` (default: new ones),
         which are returned."""
-        from matplotlib import pyplot
+        from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
         axes = pyplot.subplots(figsize=(9, 2))[1] if axes is None else axes
         left = 0.0
@@ -381,7 +412,7 @@ def plan(
         raise UsageError(f"--batch {batch} --context {context}: both must be at least 1")
     if fp8 and train:
         raise UsageError("--dtype fp8 is how weights are stored to generate; training is in bfloat16 or float32")
-    by, kind = make_rules(rules), described(device)
+    by, kind = make_rules(rules), chip(device).kind if device else None
     memory = usable(device) if device else None
 
     def parts(layout, by=by, batch=batch, context=context, fp8=fp8):
@@ -468,6 +499,6 @@ def _changes(config, mesh, rules: Rules, batch, context, train, fp8, memory: int
     for name, other in PRESETS.items():
         if other != rules:
             spread = lambda layout, by=other: total(layout, by=by)
-            best = best_mesh(config, other, mesh.size, memory, spread, mesh.abstract_device)
+            best = best_mesh(config, other, mesh.size, memory, spread, device_kind(mesh) or None)
             if best and best[1] <= memory:
                 yield f"--rules {name} --mesh {describe(best[0])} ({best[1] / GIB:.1f} GiB)"

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice
 
 from glm_jax.errors import UsageError
 
@@ -26,6 +25,7 @@ class Chip:
     is all that a device sends to its neighbours at once: NVLink, or every link of a TPU's torus, of which a collective
     along one axis of the torus uses a part."""
 
+    kind: str  # what it calls itself
     platform: str  # as jax says: cuda or tpu
     memory: int  # bytes
     bandwidth: float  # bytes a second, of the memory
@@ -45,15 +45,15 @@ class Chip:
 # figure, which is of both directions: 600, 400, 1200, 800, 1200 GB/s. Network: 50, 25 (6.4 Tb/s a pod of 256 chips), 50,
 # 100, 100 Gb/s. v4's link and network are from memory of its page, and the least sure.
 CHIPS = {
-    "a100": Chip("cuda", 85_100_068_864, 2.039e12, 312e12, 312e12, 300e9, 25e9, 8),
-    "h100": Chip("cuda", 84_942_979_072, 3.35e12, 989e12, 1979e12, 450e9, 50e9, 8),
-    "h200": Chip("cuda", 151_397_597_184, 4.8e12, 989e12, 1979e12, 450e9, 50e9, 8),
-    "b200": Chip("cuda", 191_514_411_008, 7.7e12, 2250e12, 4500e12, 900e9, 50e9, 8),
-    "v4": Chip("tpu", int(30.75 * GIB), 1.228e12, 275e12, 275e12, 300e9, 6.25e9, 4),
-    "v5e": Chip("tpu", int(15.75 * GIB), 0.819e12, 197e12, 197e12, 200e9, 3.125e9, 4),
-    "v5p": Chip("tpu", int(95.73 * GIB), 2.765e12, 459e12, 459e12, 600e9, 6.25e9, 4),
-    "v6e": Chip("tpu", int(31.24 * GIB), 1.638e12, 918e12, 918e12, 400e9, 12.5e9, 4),
-    "7x": Chip("tpu", int(94.74 * GIB), 3.69e12, 1153.5e12, 2307e12, 300e9, 6.25e9, 8),
+    "a100": Chip("NVIDIA A100-SXM4-80GB", "cuda", 85_100_068_864, 2.039e12, 312e12, 312e12, 300e9, 25e9, 8),
+    "h100": Chip("NVIDIA H100 80GB HBM3", "cuda", 84_942_979_072, 3.35e12, 989e12, 1979e12, 450e9, 50e9, 8),
+    "h200": Chip("NVIDIA H200", "cuda", 151_397_597_184, 4.8e12, 989e12, 1979e12, 450e9, 50e9, 8),
+    "b200": Chip("NVIDIA B200", "cuda", 191_514_411_008, 7.7e12, 2250e12, 4500e12, 900e9, 50e9, 8),
+    "v4": Chip("TPU v4", "tpu", int(30.75 * GIB), 1.228e12, 275e12, 275e12, 300e9, 6.25e9, 4),
+    "v5e": Chip("TPU v5 lite", "tpu", int(15.75 * GIB), 0.819e12, 197e12, 197e12, 200e9, 3.125e9, 4),
+    "v5p": Chip("TPU v5", "tpu", int(95.73 * GIB), 2.765e12, 459e12, 459e12, 600e9, 6.25e9, 4),
+    "v6e": Chip("TPU v6 lite", "tpu", int(31.24 * GIB), 1.638e12, 918e12, 918e12, 400e9, 12.5e9, 4),
+    "7x": Chip("TPU7x", "tpu", int(94.74 * GIB), 3.69e12, 1153.5e12, 2307e12, 300e9, 6.25e9, 8),
 }
 GPUS = {  # compute capability, multiprocessors, L2 bytes, shared memory a block, float32 units, GHz, name
     "a100": ((8, 0), 108, 40 << 20, 166_912, 64, 1.41, "NVIDIA A100-SXM4-80GB"),
@@ -61,7 +61,6 @@ GPUS = {  # compute capability, multiprocessors, L2 bytes, shared memory a block
     "h200": ((9, 0), 132, 50 << 20, 232_448, 128, 1.98, "NVIDIA H200 141GB HBM3e"),
     "b200": ((10, 0), 148, 132_644_864, 232_448, 128, 1.98, "NVIDIA B200"),
 }
-KINDS = {"v5e": "TPU v5 lite"}  # as jax says, where that is asked for: see dispatch.NEVER_SENT
 SPELLED = {"7x": "tpu7x"}  # where libtpu's name is another
 NO_TPU = {  # what a TPU machine says of itself
     "TPU_SKIP_MDS_QUERY": "1",
@@ -93,14 +92,6 @@ def devices(name: str) -> int:
 def platform(name: str) -> str:
     """What jax calls the platform of a device, to lower for it: "cuda" or "tpu"."""
     return chip(name).platform
-
-
-def described(name: str | None) -> AbstractDevice | None:
-    """A device by name as an abstract mesh holds it; None for None."""
-    if name is None:
-        return None
-    kind = name.split(":", 1)[0].lower()
-    return AbstractDevice(device_kind=KINDS.get(kind, kind), num_cores=None, platform=chip(name).platform)
 
 
 def topology(name: str) -> list[Any]:

@@ -5,7 +5,7 @@ from glm_jax import dispatch
 from glm_jax.config import Config
 from glm_jax.hlo import Collective
 from glm_jax.model import attention_blocks, axes_size, cached_heads, rules_for
-from glm_jax.sharding import Rules, mesh_axes
+from glm_jax.sharding import Rules, device_kind, mesh_axes
 
 
 def expected(config: Config, mesh, rules: Rules, rows: int, tokens: int, slots: int, fresh: bool) -> list[Collective]:
@@ -49,7 +49,7 @@ def expected(config: Config, mesh, rules: Rules, rows: int, tokens: int, slots: 
     add("all-reduce", rules.ffn, states, wide, M if c.n_shared_experts else 0, "the shared expert, likewise")
     experts, together = mesh_axes([rules.experts]), mesh_axes([rules.batch, rules.seq])
     own = [a for a in experts if a in together]
-    if dispatch.sends(size(*own), mesh):
+    if dispatch.sends(size(*own), device_kind(mesh)):
         P = size(*own)
         add("all-gather", tuple(own), P * P, 4, M, "how many tokens go where")
         add("ragged-all-to-all", tuple(own), P * B * T * D, wide, M, "tokens to their experts' devices")

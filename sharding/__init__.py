@@ -1,6 +1,6 @@
 """Where arrays live: a mesh with named axes, and rules from what a dimension means to the mesh axes that shard it."""
 
-from glm_jax.sharding.mesh import AXES, abstract, auto, default_sizes, describe, mesh, mesh_sizes
+from glm_jax.sharding.mesh import AXES, abstract, auto, default_sizes, describe, device_kind, mesh, mesh_sizes
 from glm_jax.sharding.rules import PRESETS, Rules, mesh_axes, rules
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "auto",
     "default_sizes",
     "describe",
+    "device_kind",
     "mesh",
     "mesh_axes",
     "mesh_sizes",

@@ -19,7 +19,7 @@ TOPS = {"glm_jax": "glm_jax", "sharding": "glm_jax.sharding", "convert": "glm_ja
 # A module imports from rungs above its own, or from its left on its own rung. A package counts as one module.
 LADDER = [
     ["__init__"],
-    ["errors", "sharding", "config"],
+    ["errors", "processes", "sharding", "config"],
     ["weights", "kernels", "cache", "dispatch"],
     ["model"],
     ["convert", "checkpoint", "losses", "sample", "parsing", "tokenizer", "data"],

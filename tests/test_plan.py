@@ -18,7 +18,7 @@ from glm_jax.errors import UsageError
 from glm_jax.linter import axes_table, hosts_of, lint, nearest_meshes
 from glm_jax.planner import GIB, best_mesh, meshes, needs, search, usable, weight_bytes
 from glm_jax.sharding import Rules, abstract, rules
-from glm_jax.targets import CHIPS, chip, described
+from glm_jax.targets import CHIPS, chip
 
 ROOT = Path(__file__).resolve().parents[1]
 BIG, AIR = preset("glm-4.6"), preset("glm-4.5-air")
@@ -381,6 +381,6 @@ def test_a_plan_needs_no_devices():
 
 def test_the_kind_of_device_is_known_to_the_dispatch():
     """A v5e has no ragged all-to-all, so its groups of sixteen gather, which holds more and moves more."""
-    kinds = (lint(BIG, abstract("expert=16", kind), rules("ep"), 16) for kind in (None, described("v5e")))
+    kinds = (lint(BIG, abstract("expert=16", kind), rules("ep"), 16) for kind in (None, chip("v5e").kind))
     sent, gathered = ({f.text.split()[2] for f in found if f.kind == "moved"} for found in kinds)
     assert "ragged-all-to-all" in sent and "ragged-all-to-all" not in gathered

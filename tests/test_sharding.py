@@ -26,7 +26,7 @@ from glm_jax.errors import UsageError
 from glm_jax.generation import lower_step
 from glm_jax.hlo import Collective, collectives, large_buffers, sent_bytes
 from glm_jax.model import cached_heads, check_mesh, kv_axes
-from glm_jax.sharding import AXES, PRESETS, Rules, abstract, default_sizes, describe, mesh, rules
+from glm_jax.sharding import AXES, PRESETS, Rules, abstract, default_sizes, describe, device_kind, mesh, rules
 from glm_jax.sharding.mesh import _ordered, across
 from glm_jax.traffic import expected
 
@@ -207,9 +207,9 @@ def test_sent_is_gathered(kind, T):
 
 
 def test_small_groups_are_gathered_and_so_is_a_v5e():
-    kind = lambda name: SimpleNamespace(devices=np.array([SimpleNamespace(device_kind=name)]))
-    assert not dispatch.sends(8, kind("TPU v5")) and dispatch.sends(16, kind("TPU v5"))
-    assert not dispatch.sends(16, kind("TPU v5 lite")) and dispatch.sends(16, abstract("expert=16"))
+    assert not dispatch.sends(8, "TPU v5") and dispatch.sends(16, "TPU v5")
+    assert not dispatch.sends(16, device_kind(abstract("expert=16", "TPU v5 lite")))
+    assert dispatch.sends(16, device_kind(abstract("expert=16"))) and device_kind(mesh()) == "cpu"
 
 
 # ---- the program's collectives are the formula's

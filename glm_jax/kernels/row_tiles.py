@@ -8,6 +8,7 @@ experts are read, and each once. The weights stay one `[L, E, ...]` stack with a
 On CPU a tile of a few rows reads its matrix from where it lies; for a higher one XLA copies it out of the stack."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ def grouped_matmul(
     heights = _heights(lhs.shape[0] if largest_group is None else largest_group)
     first = jnp.asarray(layer, jnp.int32) * E
     lhs, rhs, sizes, first = _varying(lhs, rhs.reshape(L * E, N, K), group_sizes, first)
-    multiply = lambda lhs, rhs, sizes, first: _grouped_matmul(heights, 1, lhs, rhs, sizes, first)
+    multiply: Any = functools.partial(_grouped_matmul, heights, 1)
     if K % 128 == 0 or N % 128:
         return multiply(lhs, rhs, sizes, first)
     # A TPU keeps an argument [..., N, K] with N innermost where K is no multiple of its 128 lanes and N is. In the
@@ -62,7 +63,12 @@ def routed_experts(
         return _routed(x, ids, share, gate_up, down, layer).astype(dtype)
     each = most if T % most == 0 else -(-T // parts)
     pad = lambda a, value: jnp.pad(a, ((0, parts * each - T), (0, 0)), constant_values=value).reshape(parts, each, -1)
-    part = jax.checkpoint(lambda item: _routed(*item, gate_up, down, layer).astype(dtype))
+
+    @jax.checkpoint
+    def part(item):
+        x, ids, share = item
+        return _routed(x, ids, share, gate_up, down, layer).astype(dtype)
+
     return jax.lax.map(part, (pad(x, 0), pad(ids, -1), pad(share, 0))).reshape(parts * each, D)[:T]
 
 
