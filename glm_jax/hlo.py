@@ -400,8 +400,7 @@ def _axes(attributes: str, mesh) -> tuple[tuple[str, ...], int]:
     if groups is None or groups.max() >= math.prod(shape):
         return UNKNOWN, 0 if groups is None else groups.shape[1]
     axes = _varying(groups, shape)
-    one = all(_varying(group[None], shape) == axes for group in groups)
-    if one and math.prod(shape[i] for i in axes) == groups.shape[1]:
+    if math.prod(shape[i] for i in axes) == groups.shape[1]:
         return tuple(list(mesh.shape)[i] for i in axes), groups.shape[1]
     return UNKNOWN, groups.shape[1]
 

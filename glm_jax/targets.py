@@ -41,8 +41,8 @@ class Chip:
 #
 # TPU. Memory: what libtpu's compiler says when a program is too large ("exceeds available HBM (15.75G)"); where 0.0.42
 # and 0.0.50 differ by 0.01G, the less. Rates: Google's page of each generation, per chip. A link is half of the page's
-# figure, which is of both directions: v4 600, v5e 400, v5p 1200, v6e 800, 7x 1200 GB/s. Network: v4 50, v5e 25 (a pod of
-# 256 has 6.4 Tb/s), v5p 50, v6e and 7x 100 Gb/s. v4's link and network could not be looked up again.
+# figure, which is of both directions: v4 600, v5e 400, v5p 1200, v6e 800, 7x 1200 GB/s. Network: v4 50, v5e 25 (a pod
+# of 256 has 6.4 Tb/s), v5p 50, v6e and 7x 100 Gb/s. v4's link and network could not be looked up again.
 CHIPS = {
     "a100": Chip("cuda", 85_100_068_864, 2.039e12, 312e12, 312e12, 300e9, 25e9, 8),
     "h100": Chip("cuda", 84_942_979_072, 3.35e12, 989e12, 1979e12, 450e9, 50e9, 8),
