@@ -358,7 +358,7 @@ def test_big_buffers():
 
 
 def test_roofline_of_gpus_on_two_hosts():
-    slow = Chip("cuda", 80 * 10**9, 2e12, 1e15, 2e15, link=400e9, network=50e9, host=8)
+    slow = Chip("a GPU", "cuda", 80 * 10**9, 2e12, 1e15, 2e15, link=400e9, network=50e9, host=8)
     m = abstract("data=2,expert=4,tensor=2")
     found = [
         Collective("all-gather", ("expert",), 4_000_000, 10),  # 3 MB in a host
@@ -373,7 +373,7 @@ def test_roofline_of_gpus_on_two_hosts():
 
 
 def test_roofline_of_tpus_in_one_slice():
-    fast = Chip("tpu", 80 * 10**9, 2e12, 1e15, 2e15, link=400e9, network=1, host=4)
+    fast = Chip("a TPU", "tpu", 80 * 10**9, 2e12, 1e15, 2e15, link=400e9, network=1, host=4)
     for m in (mesh("expert=8"), abstract("expert=8")):
         r = hlo.roofline(0, 0, [Collective("all-gather", ("expert",), 800_000)], fast, m)
         assert r.seconds == r.network == pytest.approx(700_000 / 400e9)

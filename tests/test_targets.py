@@ -107,22 +107,22 @@ class Devices:
 
 @pytest.mark.aot
 @pytest.mark.parametrize(
-    "name, kind, hosts",
+    "name, hosts",
     [
-        ("v4:2x2x4", "TPU v4", 4),
-        ("v5e:2x2", "TPU v5 lite", 1),
-        ("v5p:2x2x4", "TPU v5", 4),
-        ("v6e:2x4", "TPU v6 lite", 2),
-        ("7x:2x2x2", "TPU7x", 2),
-        ("a100:8", "NVIDIA A100-SXM4-80GB", 1),
-        ("h100:16", "NVIDIA H100 80GB HBM3", 2),
-        ("b200:1", "NVIDIA B200", 1),
+        ("v4:2x2x4", 4),
+        ("v5e:2x2", 1),
+        ("v5p:2x2x4", 4),
+        ("v6e:2x4", 2),
+        ("7x:2x2x2", 2),
+        ("a100:8", 1),
+        ("h100:16", 2),
+        ("b200:1", 1),
     ],
 )
-def test_devices_that_are_not_there(name, kind, hosts):
+def test_devices_that_are_not_there(name, hosts):
     found = targets.topology(name)
     assert len(found) == targets.devices(name) == len(set(found))
-    assert {d.device_kind for d in found} == {kind}
+    assert {d.device_kind for d in found} == {targets.chip(name).kind}
     assert len({d.process_index for d in found}) == hosts
 
 
