@@ -36,8 +36,8 @@ class Collective:
     bytes: int
     count: int | None = 1
     source: str = ""
-    dtype: str = ""
-    shape: tuple[int, ...] = ()
+    dtype: str = dataclasses.field(default="", compare=False)  # a formula of the traffic knows neither
+    shape: tuple[int, ...] = dataclasses.field(default=(), compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
