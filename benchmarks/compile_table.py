@@ -5,8 +5,8 @@
     PYTHONPATH=. python benchmarks/compile_table.py --table       # compiles nothing: the last results, the plan of now
 
 Needs libtpu for the TPU cases and jax's CUDA plugin for H100. A line of JSON a case goes to
-benchmarks/results/compile.jsonl, with commit and versions; then the table is printed. Each case is compiled in a process
-of its own: one process holds one kind of accelerator's compiler, and gives no memory back."""
+benchmarks/results/compile.jsonl, with commit and versions; then the table is printed. Each case has a process of its
+own: one process holds one kind of accelerator's compiler, and gives no memory back."""
 
 import argparse
 import json

@@ -36,8 +36,8 @@ class Collective:
     bytes: int
     count: int | None = 1
     source: str = ""
-    dtype: str = ""
-    shape: tuple[int, ...] = ()
+    dtype: str = dataclasses.field(default="", compare=False)  # a formula of the traffic knows neither
+    shape: tuple[int, ...] = dataclasses.field(default=(), compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +209,8 @@ class _Op:
 
     def called(self) -> list[str]:
         """The computations it runs. What a reduction does to two numbers is not among them."""
-        words = "body|calls|true_computation|false_computation" + ("|to_apply" if self.kind == "call" else "")
+        words = "body|calls|true_computation|false_computation"
+        words += "|to_apply" if self.kind in ("call", "call-start") else ""
         single = re.findall(rf"\b(?:{words})=%?([\w.\-]+)", self.attributes)
         several = re.findall(r"\b(?:branch_computations|calls)=\{([^}]*)\}", self.attributes)
         return single + [name.strip().lstrip("%") for names in several for name in names.split(",")]
@@ -233,36 +234,26 @@ def _program(text: str) -> tuple[dict[str, Ops], str]:
     return program, entry
 
 
-def _visit(program: dict[str, Ops], name: str, times: int | None, mesh) -> Iterator[Collective]:
-    ops, chains = program[name], set()
+def _visit(program: dict[str, Ops], name: str, times: int | None, mesh, chains=None) -> Iterator[Collective]:
+    """The collectives of a computation that runs so many times. `chains`: those that a fusion before it began."""
+    ops, chains = program[name], set() if chains is None else chains
     for key, op in ops.items():
         if key == "ROOT" or op.kind in ("async-done", "async-update"):  # whose computation ran with async-start
             continue
-        yield from (dataclasses.replace(c, count=times) for c in _parse(op, mesh))
+        # A collective that a TPU runs beside other work is a fusion that starts it, some that go on with it, and one
+        # that ends it, each with the whole of it inside.
+        chain = re.search(r'chain_id="(\d+)"', op.attributes) if _kind(op) else None
+        if chain and chain[1] in chains:
+            continue
+        chains |= {chain[1]} if chain else set()
+        for c in _parse(op, mesh):
+            kind = "reduce-scatter" if "all-reduce-scatter" in name and c.kind == "all-reduce" else c.kind
+            yield dataclasses.replace(c, kind=kind, count=times)
         often = {"while": _trips(op, ops, program) if op.kind == "while" else 1, "conditional": None}.get(op.kind, 1)
         inner = None if times is None or often is None else times * often
         for callee in op.called():
-            if callee not in program:
-                continue
-            found = list(_visit(program, callee, inner, mesh))
-            if op.kind == "fusion" and found:
-                chain = _chain(program[callee])
-                if chain in chains:
-                    continue
-                chains |= {chain} if chain else set()
-                if "all-reduce-scatter" in callee:
-                    found = [dataclasses.replace(c, kind="reduce-scatter") for c in found]
-            yield from found
-
-
-def _chain(ops: Ops):
-    """What the pieces have in common of one collective that a TPU runs beside other work: a fusion that starts it,
-    some that go on with it, and one that ends it, each with the whole collective inside."""
-    for op in ops.values():
-        if (match := re.search(r'chain_id="(\d+)"', op.attributes)) and _kind(op):
-            channel = re.search(r"channel_id=(\d+)", op.attributes)
-            return match[1], channel and channel[1], _kind(op), re.sub(r"\{.*?\}", "", op.shape)
-    return None
+            if callee in program:
+                yield from _visit(program, callee, inner, mesh, chains if op.kind == "fusion" else None)
 
 
 def _kind(op: _Op) -> tuple[str, bool] | None:
@@ -276,11 +267,10 @@ def _parse(op: _Op, mesh) -> list[Collective]:
     if not (found := _kind(op)):
         return []
     (kind, start), shape = found, _shape(op.shape)
-    if start and kind != "all-reduce":  # (what goes in, what comes out, contexts); an all-reduce has only the second
-        arrays = _arrays(shape[0] if kind == "reduce-scatter" else shape[1])
-        whole = True
-    else:
-        arrays, whole = _arrays(shape), kind != "reduce-scatter"
+    # A start has (what goes in, what comes out, contexts); that of an all-reduce may have what comes out alone.
+    both = start and (kind != "all-reduce" or not (_is_array(shape) or all(map(_is_array, shape))))
+    whole = both or kind != "reduce-scatter"  # the shape of a reduce-scatter is of the part that is kept
+    arrays = _arrays(shape[0 if kind == "reduce-scatter" else 1] if both else shape)
     axes, devices = _axes(op.attributes, mesh)
     if not axes:
         return []
@@ -298,11 +288,16 @@ def _parse(op: _Op, mesh) -> list[Collective]:
 def _shape(text: str):
     """`(bf16[2,3]{1,0}, s32[])` as (("bf16", (2, 3)), ("s32", ()))."""
     text = re.sub(r"/\*.*?\*/|\{[^}]*\}", "", text).replace("<=", "")
+    text = text.replace(")", ",)").replace("(,)", "()")  # a tuple of one stays a tuple
     return ast.literal_eval(re.sub(r"(\w+)\[([\d,]*)\]", lambda m: f"('{m[1]}', ({m[2]}{',' * bool(m[2])}))", text))
 
 
+def _is_array(shape) -> bool:
+    return bool(shape) and isinstance(shape[0], str)
+
+
 def _arrays(shape) -> list[tuple[str, tuple[int, ...]]]:
-    if shape and isinstance(shape[0], str):
+    if _is_array(shape):
         return [shape]
     return [array for part in shape for array in _arrays(part)]
 
@@ -405,8 +400,7 @@ def _axes(attributes: str, mesh) -> tuple[tuple[str, ...], int]:
     if groups is None or groups.max() >= math.prod(shape):
         return UNKNOWN, 0 if groups is None else groups.shape[1]
     axes = _varying(groups, shape)
-    one = all(_varying(group[None], shape) == axes for group in groups)
-    if one and math.prod(shape[i] for i in axes) == groups.shape[1]:
+    if math.prod(shape[i] for i in axes) == groups.shape[1]:
         return tuple(list(mesh.shape)[i] for i in axes), groups.shape[1]
     return UNKNOWN, groups.shape[1]
 

@@ -25,7 +25,7 @@ class Chip:
     is all that a device sends to its neighbours at once: NVLink, or every link of a TPU's torus, of which a collective
     along one axis of the torus uses a part."""
 
-    kind: str  # what it calls itself
+    kind: str  # what a device calls itself
     platform: str  # as jax says: cuda or tpu
     memory: int  # bytes
     bandwidth: float  # bytes a second, of the memory
@@ -42,8 +42,8 @@ class Chip:
 #
 # TPU. Memory: what libtpu's compiler says when a program is too large ("exceeds available HBM (15.75G)"); where 0.0.42
 # and 0.0.50 differ by 0.01G, the less. Rates: Google's page of each generation, per chip. A link is half of the page's
-# figure, which is of both directions: 600, 400, 1200, 800, 1200 GB/s. Network: 50, 25 (6.4 Tb/s a pod of 256 chips), 50,
-# 100, 100 Gb/s. v4's link and network are from memory of its page, and the least sure.
+# figure, which is of both directions: v4 600, v5e 400, v5p 1200, v6e 800, 7x 1200 GB/s. Network: v4 50, v5e 25 (a pod
+# of 256 has 6.4 Tb/s), v5p 50, v6e and 7x 100 Gb/s. v4's link and network could not be looked up again.
 CHIPS = {
     "a100": Chip("NVIDIA A100-SXM4-80GB", "cuda", 85_100_068_864, 2.039e12, 312e12, 312e12, 300e9, 25e9, 8),
     "h100": Chip("NVIDIA H100 80GB HBM3", "cuda", 84_942_979_072, 3.35e12, 989e12, 1979e12, 450e9, 50e9, 8),
@@ -55,11 +55,11 @@ CHIPS = {
     "v6e": Chip("TPU v6 lite", "tpu", int(31.24 * GIB), 1.638e12, 918e12, 918e12, 400e9, 12.5e9, 4),
     "7x": Chip("TPU7x", "tpu", int(94.74 * GIB), 3.69e12, 1153.5e12, 2307e12, 300e9, 6.25e9, 8),
 }
-GPUS = {  # compute capability, multiprocessors, L2 bytes, shared memory a block, float32 units, GHz, name
-    "a100": ((8, 0), 108, 40 << 20, 166_912, 64, 1.41, "NVIDIA A100-SXM4-80GB"),
-    "h100": ((9, 0), 132, 50 << 20, 232_448, 128, 1.98, "NVIDIA H100 80GB HBM3"),
-    "h200": ((9, 0), 132, 50 << 20, 232_448, 128, 1.98, "NVIDIA H200 141GB HBM3e"),
-    "b200": ((10, 0), 148, 132_644_864, 232_448, 128, 1.98, "NVIDIA B200"),
+GPUS = {  # compute capability, multiprocessors, L2 bytes, shared memory a block, float32 units, GHz
+    "a100": ((8, 0), 108, 40 << 20, 166_912, 64, 1.41),
+    "h100": ((9, 0), 132, 50 << 20, 232_448, 128, 1.98),
+    "h200": ((9, 0), 132, 50 << 20, 232_448, 128, 1.98),
+    "b200": ((10, 0), 148, 132_644_864, 232_448, 128, 1.98),
 }
 SPELLED = {"7x": "tpu7x"}  # where libtpu's name is another
 NO_TPU = {  # what a TPU machine says of itself
@@ -132,7 +132,7 @@ def _gpus(name: str, kind: str, count: int) -> list[Any]:
     hosts = -(-count // CHIPS[kind].host)
     if count % hosts:
         raise UsageError(f"--topology {name}: more than {CHIPS[kind].host} devices come in whole hosts of them")
-    (major, minor), cores, cache, shared, units, clock, description = GPUS[kind]
+    (major, minor), cores, cache, shared, units, clock = GPUS[kind]
     target = f"""
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32
@@ -147,7 +147,7 @@ gpu_device_info {{
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 28 patch: 1 }}
 runtime_version {{ major: 13 }}
-device_description_str: "{description}"
+device_description_str: "{CHIPS[kind].kind}"
 """
     # The plugin looks for CUDA's libraries, and without them is not there at all, unless it is told not to look.
     if new := SKIP not in os.environ:
