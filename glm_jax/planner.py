@@ -360,7 +360,7 @@ class Plan:
             kept = (
                 f" of {chip(self.device).memory / GIB:.2f}, 5% being CUDA's and NCCL's" if is_gpu(self.device) else ""
             )
-            name = f"a program may use of a {self.device.split(':')[0]}"
+            name = f"a program may use of one {self.device.split(':')[0]}"
             lines += [line(name, self.memory) + f"{kept}: {'it fits' if self.fits else 'IT DOES NOT FIT'}"]
         if self.fits is False:
             lines += ["", "what would fit: " + ("; ".join(self.changes) or "nothing that was tried")]
