@@ -87,7 +87,7 @@ def row(line: dict) -> str:
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", default="", help="the cases whose line has this text in it")
     p.add_argument("--table", action="store_true", help="compile nothing")
     p.add_argument("--case", type=int, help=argparse.SUPPRESS)  # one case, its line to stdout

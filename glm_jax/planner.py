@@ -391,7 +391,7 @@ class Plan:
 
 def plan(
     config: Config,
-    mesh="data=1",
+    mesh: Any = "data=1",
     rules: "str | Rules" = "ep",
     batch: int = 1,
     context: int = 4096,

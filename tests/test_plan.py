@@ -249,7 +249,7 @@ def test_a_cache_that_is_the_same_along_an_axis():
 
 def test_padding():
     (text,) = said(lint(BIG, abstract("expert=8"), rules("ep"), batch=1), "padded")
-    assert "1 rows over data*expert=8: 7 of 8 rows are padding" in text and "--rules latency" in text
+    assert "1 row over data*expert=8: 7 of 8 rows are padding" in text and "--rules latency" in text
     assert not said(lint(BIG, abstract("expert=8"), rules("ep"), batch=8), "padded")
     lanes = said(lint(BIG, abstract("tensor=8"), rules("ep")), "padded")
     assert any("moe_intermediate_size 1,536 is 192 on a device, no multiple of a TPU's 128 lanes" in t for t in lanes)
