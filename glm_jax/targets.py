@@ -81,12 +81,13 @@ def chip(name: str) -> Chip:
 
 
 def devices(name: str) -> int:
-    """How many jax devices "v5p:2x2x4" or "h100:16" names. A TPU's numbers are chips, along each side of the slice."""
+    """How many jax devices "v5p:2x2x4" or "h100:16" names. A TPU's numbers are chips, along each side of the slice;
+    "v5p:2x2x4:2" is two such slices."""
     facts, (kind, _, shape) = chip(name), name.lower().partition(":")
-    if not re.fullmatch(r"[1-9]\d*" if facts.platform == "cuda" else r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
+    if not re.fullmatch(r"[1-9]\d*" if facts.platform == "cuda" else r"[1-9]\d*(x[1-9]\d*){1,2}(:[1-9]\d*)?", shape):
         example = "h100:16, a number of devices" if facts.platform == "cuda" else "v5p:2x2x4 or v6e:8x8, chips a side"
         raise UsageError(f"--topology {name}: write it as {example}")
-    return math.prod(map(int, shape.split("x"))) * (2 if kind == "7x" else 1)
+    return math.prod(map(int, re.split("[x:]", shape))) * (2 if kind == "7x" else 1)
 
 
 def platform(name: str) -> str:
@@ -95,8 +96,9 @@ def platform(name: str) -> str:
 
 
 def topology(name: str) -> list[Any]:
-    """Devices to make a mesh of and to compile for, none of which is there: "v5p:2x2x4" (chips along each side; through
-    libtpu) or "h100:16" (a number of devices, on hosts of eight; through jax's CUDA plugin).
+    """Devices to make a mesh of and to compile for, none of which is there: "v5p:2x2x4" (chips along each side, through
+    libtpu; "v5p:2x2x4:2" is two slices) or "h100:16" (a number of devices, on hosts of eight; through jax's CUDA
+    plugin).
 
     Raises UsageError for an unknown name, a shape that libtpu refuses (its hosts are 2x2 chips, or single ones), and a
     package that is missing. Needs no JAX_PLATFORMS, but for GPUs this process must not have asked for its own devices
@@ -115,9 +117,11 @@ def _tpus(name: str, kind: str, shape: str) -> list[Any]:
         for variable, value in NO_TPU.items():
             os.environ.setdefault(variable, value)
     # Both cores of a v4 chip are one device, as on a real one; libtpu's own choice here would be two.
-    options = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    sides, _, slices = shape.partition(":")
+    options |= {"num_slices": int(slices)} if slices else {}
     try:
-        return list(topologies.get_topology_desc(f"{SPELLED.get(kind, kind)}:{shape}", "tpu", **options).devices)
+        return list(topologies.get_topology_desc(f"{SPELLED.get(kind, kind)}:{sides}", "tpu", **options).devices)
     except Exception as error:  # libtpu's own, of several types
         raise UsageError(f"--topology {name}: libtpu does not take it ({str(error).splitlines()[0][:200]})") from None
 
@@ -130,7 +134,7 @@ def _gpus(name: str, kind: str, count: int) -> list[Any]:
             "nvidia-cuda-nvcc nvidia-nvvm absl-py"
         )
     hosts = -(-count // CHIPS[kind].host)
-    if count % hosts:
+    if hosts > 1 and count % CHIPS[kind].host:
         raise UsageError(f"--topology {name}: more than {CHIPS[kind].host} devices come in whole hosts of them")
     (major, minor), cores, cache, shared, units, clock = GPUS[kind]
     target = f"""
