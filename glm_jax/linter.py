@@ -195,7 +195,8 @@ def _padded(config: Config, mesh, rules: Rules, batch: int, context: int) -> lis
     rows, slots = round_up(batch, axes_size(mesh, rules.batch)), round_up(context, axes_size(mesh, rules.slots))
     if rows != batch:
         axes = "*".join(mesh_axes([rules.batch]))
-        text = f"{batch} row{'s'[: batch > 1]} over {axes}={axes_size(mesh, rules.batch)}: {rows - batch} of {rows} rows are padding"
+        text = f"{batch} row{'s'[: batch > 1]} over {axes}={axes_size(mesh, rules.batch)}: "
+        text += f"{rows - batch} of {rows} rows are padding"
         mend = "--rules latency uses every device for one row" if batch == 1 else f"--batch {rows} costs the same"
         spare = cache_on_device(config, mesh, rules, rows, slots) * (rows - batch)
         found.append(Finding("padded", text, spare // rows, spare * mesh.size // rows, mend))
