@@ -5,8 +5,8 @@
     PYTHONPATH=. python benchmarks/compile_table.py --table       # compiles nothing: the last results, the plan of now
 
 Needs libtpu for the TPU cases and jax's CUDA plugin for H100. A line of JSON a case goes to
-benchmarks/results/compile.jsonl, with commit and versions; then the table is printed. Each case has a process
-of its own: one process holds one kind of accelerator's compiler, and gives no memory back."""
+benchmarks/results/compile.jsonl, with commit and versions; then the table is printed. Each case has a process of its
+own: one process holds one kind of accelerator's compiler, and gives no memory back."""
 
 import argparse
 import json
@@ -71,10 +71,10 @@ def row(line: dict) -> str:
     from glm_jax.config import preset
     from glm_jax.planner import cache_on_device, weight_bytes, working_bytes
     from glm_jax.sharding import abstract, rules
-    from glm_jax.targets import described
+    from glm_jax.targets import chip
 
     config = dataclasses.replace(preset(line["model"]), num_nextn_predict_layers=0)
-    at, by = abstract(line["mesh"], described(line["target"])), rules(line["rules"])
+    at, by = abstract(line["mesh"], chip(line["target"]).kind), rules(line["rules"])
     arguments = sum(weight_bytes(config, at, by).values())
     arguments += cache_on_device(config, at, by, line["rows"], line["slots"])
     temporaries = sum(working_bytes(config, at, by, line["rows"], line["tokens"], line["slots"]).values())
@@ -87,7 +87,7 @@ def row(line: dict) -> str:
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", default="", help="the cases whose line has this text in it")
     p.add_argument("--table", action="store_true", help="compile nothing")
     p.add_argument("--case", type=int, help=argparse.SUPPRESS)  # one case, its line to stdout

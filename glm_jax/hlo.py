@@ -105,7 +105,9 @@ def collectives(compiled, mesh) -> list[Collective]:
     left out. They are what the device runs, not what was asked for: a TPU may make an all-gather of a few numbers an
     all-reduce, or a small reduce-scatter an all-reduce of which each device keeps a part. A large reduce-scatter, which
     a TPU writes as a fusion named all-reduce-scatter, is one; its bytes are those of the array as padded to whole
-    tiles, and a collective-permute after it moves rows that lie in the tile of a neighbour."""
+    tiles, and a collective-permute after it moves rows that lie in the tile of a neighbour. Between slices a TPU's
+    program hands arrays to the host and takes others from it; each such exchange is one, of axes ("?",), for which of
+    the slices take part is not in the program."""
     program, entry = _program(compiled if isinstance(compiled, str) else compiled.as_text())
     return list(_visit(program, entry, 1, mesh))
 
@@ -264,6 +266,8 @@ def _kind(op: _Op) -> tuple[str, bool] | None:
 
 
 def _parse(op: _Op, mesh) -> list[Collective]:
+    if exchange := re.search(r'_xla_megascale_transfer_type="(\w+)"', op.attributes):
+        return _between_slices(op, exchange[1].lower().replace("_", "-"))
     if not (found := _kind(op)):
         return []
     (kind, start), shape = found, _shape(op.shape)
@@ -283,6 +287,15 @@ def _parse(op: _Op, mesh) -> list[Collective]:
     name = re.search(r'op_name="([^"]*)"', op.attributes)
     source = name[1].rsplit("/", 1)[-1] if name else ""
     return [Collective(kind, axes, _bytes(dtype, s), 1, source, dtype, s) for dtype, s in arrays]
+
+
+def _between_slices(op: _Op, kind: str) -> list[Collective]:
+    """Of the send and the recv that make one exchange between slices the one with the whole array."""
+    if op.kind != ("recv" if kind == "all-gather" else "send"):
+        return []
+    kind = "collective-permute" if kind == "one-to-one" else kind
+    dtype, s = _shape(op.shape)[0]  # then a context and a token
+    return [Collective(kind, UNKNOWN, _bytes(dtype, s), 1, "", dtype, s)]
 
 
 def _shape(text: str):
@@ -394,6 +407,8 @@ def _axes(attributes: str, mesh) -> tuple[tuple[str, ...], int]:
     shape = tuple(mesh.shape.values())
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes):
         groups = [[int(i) for i in pair] for pair in re.findall(r"(\d+),(\d+)", pairs[1])]
+        if max(map(max, groups), default=0) >= math.prod(shape):
+            return UNKNOWN, len(groups)
         along = {axis for pair in groups for axis in _varying(np.asarray([pair]), shape)}
         return tuple(name for i, name in enumerate(mesh.shape) if i in along), len(groups)
     groups = _groups(attributes, math.prod(shape))

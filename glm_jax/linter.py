@@ -122,7 +122,6 @@ def _errors(config: Config, mesh, rules: Rules) -> list[Finding]:
     found = []
     for axis, size, name in undivided(config, mesh, rules):
         value = getattr(config, name)
-        # A number of query heads must be one that the cached heads divide, too.
         fits = [n for n in range(1, 2 * size + 1) if value % n == 0]
         below, above = max(n for n in fits if n < size), [n for n in fits if n > size][:1]
         near = " or ".join(str(n) for n in [below, *above])
@@ -164,12 +163,8 @@ def _replicated(config: Config, mesh, rules: Rules, batch: int, context: int, fp
         n = math.prod(mesh.shape[a] for a in same)
         # Norms and routers are never cut: they are small, and every token passes them whole.
         whole = group.endswith(("router", "biases", "projection"))
-        cut = "more over tensor, or --rules latency, cuts these" if "expert" in same and not whole else ""
-        add(
-            f"{group}: the same weights on all {n} devices along {' and '.join(same)}",
-            sum(sizes) * (n - 1) // n,
-            cut,
-        )
+        mend = "more over tensor, or --rules latency, cuts these" if "expert" in same and not whole else ""
+        add(f"{group}: the same weights on all {n} devices along {' and '.join(same)}", sum(sizes) * (n - 1) // n, mend)
     K, devices, heads = config.num_key_value_heads, axes_size(mesh, rules.heads), cached_heads(config, mesh, rules)
     rows = round_up(batch, axes_size(mesh, rules.batch))
     slots = round_up(context, axes_size(mesh, rules.slots))
@@ -200,7 +195,8 @@ def _padded(config: Config, mesh, rules: Rules, batch: int, context: int) -> lis
     rows, slots = round_up(batch, axes_size(mesh, rules.batch)), round_up(context, axes_size(mesh, rules.slots))
     if rows != batch:
         axes = "*".join(mesh_axes([rules.batch]))
-        text = f"{batch} rows over {axes}={axes_size(mesh, rules.batch)}: {rows - batch} of {rows} rows are padding"
+        text = f"{batch} row{'s'[: batch > 1]} over {axes}={axes_size(mesh, rules.batch)}: "
+        text += f"{rows - batch} of {rows} rows are padding"
         mend = "--rules latency uses every device for one row" if batch == 1 else f"--batch {rows} costs the same"
         spare = cache_on_device(config, mesh, rules, rows, slots) * (rows - batch)
         found.append(Finding("padded", text, spare // rows, spare * mesh.size // rows, mend))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractMesh
 
 from glm_jax import dispatch
 from glm_jax.cache import cache_bytes
@@ -30,13 +30,14 @@ from glm_jax.model import (
 from glm_jax.sharding import PRESETS, Rules, abstract, describe, device_kind, mesh_axes
 from glm_jax.sharding import mesh as make_mesh
 from glm_jax.sharding import rules as make_rules
-from glm_jax.targets import GIB, GPUS, chip, described
+from glm_jax.targets import GIB, GPUS, chip
 
 # Of a GPU's memory what CUDA, NCCL's buffers and fragments leave, as XLA_PYTHON_CLIENT_MEM_FRACTION=.95 sets it; a
 # TPU's is given net of what its runtime keeps.
 USABLE = 0.95
 FP8 = ("q", "k", "v", "o", "gate_up", "down")  # the matrices that the published FP8 checkpoints store in one byte
 FP8_SCALE = 4  # bytes of the float32 scale that they have for each output of a matrix
+ON_CHIP = 2**26  # bytes of a slice up to which a TPU keeps it in VMEM
 ADAMW = 12  # bytes a weight: its float32 copy and two float32 moments
 ON_CHIP = 2**26  # bytes of a slice up to which a TPU keeps it in VMEM
 SLOTS = 256  # a --context that is offered is a multiple of this
@@ -108,51 +109,55 @@ def _kind(name: str) -> str:
     return "attention" if ".attn." in name else "norms and routers"
 
 
-def working_bytes(
-    config: Config, mesh, rules: Rules, rows: int, tokens: int, slots: int, tpu: bool | None = None
-) -> dict[str, int]:
+def working_bytes(config: Config, mesh, rules: Rules, rows: int, tokens: int, slots: int) -> dict[str, int]:
     """Bytes of XLA's temporaries on one device in a step of `tokens` for each of `rows`, by what they are, at the point
-    where they are most. The terms are buffers of the compiled program, the factors say how many of a kind XLA holds at
-    once, on a `tpu`, on a GPU, or (None) on the one that holds more: docs/sharding.md has them beside XLA's account."""
-    if tpu is None and device_kind(mesh):
-        tpu = device_kind(mesh).startswith("TPU")
-    if tpu is None:
-        both = (working_bytes(config, mesh, rules, rows, tokens, slots, tpu) for tpu in (False, True))
-        return max(both, key=lambda parts: sum(parts.values()))
+    where they are most. The terms are buffers of the compiled program, and how many of a kind XLA holds at once differs
+    between TPU and GPU; where the mesh does not say what its devices are, it is the one that holds more. docs/plan.md
+    has the formula, and benchmarks/compile_table.py sets it beside XLA's account."""
+    kind = device_kind(mesh)
+    tpu = kind.startswith("TPU")
+    if kind in ("", "cpu"):
+        both = (_working_bytes(config, mesh, rules, rows, tokens, slots, tpu) for tpu in (False, True))
+        return max(both, key=lambda terms: sum(terms.values()))
+    return _working_bytes(config, mesh, rules, rows, tokens, slots, tpu)
+
+
+def _working_bytes(config: Config, mesh, rules: Rules, rows: int, tokens: int, slots: int, tpu: bool) -> dict[str, int]:
     c, wide = config, config.dtype.itemsize
     rules = rules_for(mesh, rules, tokens)
     size = lambda *axes: axes_size(mesh, *axes)
     B, T = rows // size(rules.batch), tokens // size(rules.seq)
     D, k, N = c.hidden_size, c.num_experts_per_tok, c.num_attention_heads // size(rules.heads)
-    states = {"states": 3 * B * T * D * wide, "logits": B * c.vocab_size // size(rules.vocab) * (wide + 4)}
-    # Attention: queries, their rotation and the result; scores in float32, and what is multiplied by the values.
-    _, block = attention_blocks(B, T, N, slots)
-    attention = {
-        "queries and heads' outputs": 3 * B * T * N * c.head_dim * wide,
-        "scores of a block": B * N * block * min(slots, max(tokens, 1)) * (4 + wide),
-    }
-    # The experts: the tokens of the group, what becomes of them, and the rows that are worked on at once, in and out.
-    own = [a for a in mesh_axes([rules.experts]) if a in mesh_axes([rules.batch, rules.seq])]
-    group = B * T * size(*own)
-    F, at_once = c.moe_intermediate_size // size(rules.expert_ffn), min(group, rows_at_once(k, D)) * k
-    if dispatch.sends(size(*own), device_kind(mesh)):
-        tokens_in_and_out = group * D * wide * (4 if tpu else 2) + (0 if tpu else B * T * min(k, size(*own)) * D * wide)
+    always = {"states": 3 * B * T * D * wide, "logits": B * c.vocab_size // size(rules.vocab) * (wide + 4)}
+    held = lambda *slices: sum(n for n in slices if not tpu or n > ON_CHIP)
+    one = D * N * c.head_dim * wide  # a layer's q, or its o, out of their stack
+    # Attention. Of a prompt, queries, their rotation and the result, and scores in float32 and as they are multiplied
+    # by the values; of one token, the layer's keys and values out of the cache, and its scores.
+    if T > 1:
+        _, block = attention_blocks(B, T, N, slots)
+        scores = B * N * block * min(slots, tokens) * (4 + wide)
+        attention = {"queries and heads' outputs": 3 * B * T * N * c.head_dim * wide, "scores of a block": scores}
     else:
-        tokens_in_and_out = int(group * D * (1.5 * (wide + 4) if tpu else wide + 2 * 4))
-    experts = {
-        "the expert group's tokens": tokens_in_and_out,
-        "rows of the experts": at_once * ((2 if tpu else 1) * D + 2 * F) * wide,
-    }
-    # Slices of stacked weights that XLA takes out of their stack: on a TPU those alone that its on-chip memory is too
-    # small for.
-    slices = {"attention's": D * N * c.head_dim * wide}
-    if c.dense_layers > 1:
-        slices["a dense layer's"] = 2 * D * c.intermediate_size // size(rules.ffn) * wide
-    held = [n for n in slices.values() if not tpu or n > ON_CHIP]
-    weights = {"slices of weights": sum(held) if tpu else max(held)}
-    return states | max(
-        (attention if T > 1 else {}, experts if c.moe_layers else {}, weights), key=lambda p: sum(p.values())
-    )
+        own_slots, kv = slots // size(rules.slots), cached_heads(c, mesh, rules) // size(rules.heads)
+        layer = B * kv * own_slots * c.head_dim * wide
+        attention = {"a layer's keys and values": held(layer, layer), "scores": held(B * N * own_slots * (4 + wide))}
+        attention["slices of weights"] = held(one)
+    # The experts: the tokens of the group as they come and what becomes of them, and the rows that are worked on at
+    # once: read, looked up, multiplied.
+    own = [a for a in mesh_axes([rules.experts]) if a in mesh_axes([rules.batch, rules.seq])]
+    group, F = B * T * size(*own), c.moe_intermediate_size // size(rules.expert_ffn)
+    at_once = min(group, rows_at_once(k, D)) * k
+    if dispatch.sends(size(*own), device_kind(mesh)):
+        in_and_out = held(group * D * wide) * (4 if tpu else 2)
+    else:
+        in_and_out = held(group * D * 4) // 4 * (wide + 4) * (3 if tpu else 2) // 2
+    per_row = (2 * D + 2 * F) / D if tpu else (D + 3 * F) / D
+    experts = {"the expert group's tokens": in_and_out, "rows of the experts": int(held(at_once * D * wide) * per_row)}
+    # A layer's slices of stacked weights.
+    dense = 2 * D * c.intermediate_size // size(rules.ffn) * wide if c.dense_layers > 1 else 0
+    weights = {"slices of weights": held(one, dense) if tpu else max(one, dense)}
+    phases = (attention, experts if c.moe_layers else {}, weights)
+    return always | max(phases, key=lambda terms: sum(terms.values()))
 
 
 def _temporaries(config: Config, mesh, rules: Rules, rows: int, slots: int) -> dict[str, int]:
@@ -199,7 +204,7 @@ def refuse_if_no_room(model: GLM, batch: int, context: int) -> None:
 Total = Callable[[Any], int]  # a mesh -> bytes on its fullest device
 
 
-def meshes(config: Config, rules: Rules, devices: int, kind: AbstractDevice | None = None) -> Iterator[AbstractMesh]:
+def meshes(config: Config, rules: Rules, devices: int, kind: str | None = None) -> Iterator[AbstractMesh]:
     """Every mesh of so many devices that divides the model. Axes that the rules do not use have size 1: devices along
     them would all do the same."""
     used = mesh_axes([getattr(rules, f.name) for f in dataclasses.fields(rules)])
@@ -218,7 +223,7 @@ def meshes(config: Config, rules: Rules, devices: int, kind: AbstractDevice | No
                 yield layout
 
 
-def best_mesh(config: Config, rules: Rules, devices: int, memory: int | None, total: Total, kind=None):
+def best_mesh(config: Config, rules: Rules, devices: int, memory: int | None, total: Total, kind: str | None = None):
     """(mesh, its bytes) of so many devices, or None if none divides the model. Of those that fit `memory` (None: all)
     the one with most over `expert`, then least over `data` and `context`; if none fits, the one that needs least."""
     found = [(layout, total(layout)) for layout in meshes(config, rules, devices, kind)]
@@ -231,7 +236,7 @@ def default_mesh(config: Config, rules: Rules, devices: list) -> str:
     """The mesh for these devices, as `best_mesh` has it for one row of 4,096 tokens; if no mesh of all of them divides
     the model, of as many as do."""
     total = lambda layout: needs(config, layout, rules).total
-    memory, kind = device_bytes(devices[0]), make_mesh("", devices[:1]).abstract_mesh.abstract_device
+    memory, kind = device_bytes(devices[0]), devices[0].device_kind
     for count in range(len(devices), 0, -1):
         if best := best_mesh(config, rules, count, memory, total, kind):
             return describe(best[0])
@@ -240,7 +245,7 @@ def default_mesh(config: Config, rules: Rules, devices: list) -> str:
 
 def refuse_if_too_large(config: Config, mesh, rules: Rules, name: str) -> None:
     """Raises NoSpace, with the parts and the changes that would fit, if the devices of the mesh are too small."""
-    have, need = device_bytes(mesh.local_devices[0]), needs(config, mesh, rules)
+    have, need = device_bytes(mesh.devices.flat[0]), needs(config, mesh, rules)
     if need.total <= have:
         return
     total = lambda layout: needs(config, layout, rules).total
@@ -266,7 +271,7 @@ def first_layers(config: Config, layers: int) -> Config:
 
 def _other_meshes(config: Config, mesh, rules: Rules, memory: int, total: Total) -> Iterator[str]:
     """A mesh of as many devices that fits, and one of more: of the fewest, in powers of two or such times as many."""
-    kind = getattr(mesh, "abstract_mesh", mesh).abstract_device
+    kind = device_kind(mesh) or None
     more = {2**n for n in range(13)} | {mesh.size * 2**n for n in range(13)}
     for devices in sorted(n for n in more if mesh.size <= n <= max(mesh.size, 4096)):
         best = best_mesh(config, rules, devices, memory, total, kind)
@@ -356,7 +361,7 @@ class Plan:
             kept = (
                 f" of {chip(self.device).memory / GIB:.2f}, 5% being CUDA's and NCCL's" if is_gpu(self.device) else ""
             )
-            name = f"a program may use of a {self.device.split(':')[0]}"
+            name = f"a program may use of one {self.device.split(':')[0]}"
             lines += [line(name, self.memory) + f"{kept}: {'it fits' if self.fits else 'IT DOES NOT FIT'}"]
         if self.fits is False:
             lines += ["", "what would fit: " + ("; ".join(self.changes) or "nothing that was tried")]
@@ -408,7 +413,7 @@ def plan(
         raise UsageError(f"--batch {batch} --context {context}: both must be at least 1")
     if fp8 and train:
         raise UsageError("--dtype fp8 is how weights are stored to generate; training is in bfloat16 or float32")
-    by, kind = make_rules(rules), described(device)
+    by, kind = make_rules(rules), chip(device).kind if device else None
     memory = usable(device) if device else None
 
     def parts(layout, by=by, batch=batch, context=context, fp8=fp8):
@@ -495,6 +500,6 @@ def _changes(config, mesh, rules: Rules, batch, context, train, fp8, memory: int
     for name, other in PRESETS.items():
         if other != rules:
             spread = lambda layout, by=other: total(layout, by=by)
-            best = best_mesh(config, other, mesh.size, memory, spread, mesh.abstract_device)
+            best = best_mesh(config, other, mesh.size, memory, spread, device_kind(mesh) or None)
             if best and best[1] <= memory:
                 yield f"--rules {name} --mesh {describe(best[0])} ({best[1] / GIB:.1f} GiB)"

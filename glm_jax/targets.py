@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice
 
 from glm_jax.errors import UsageError
 
@@ -50,7 +49,7 @@ CHIPS = {
     "h100": Chip("NVIDIA H100 80GB HBM3", "cuda", 84_942_979_072, 3.35e12, 989e12, 1979e12, 450e9, 50e9, 8),
     "h200": Chip("NVIDIA H200", "cuda", 151_397_597_184, 4.8e12, 989e12, 1979e12, 450e9, 50e9, 8),
     "b200": Chip("NVIDIA B200", "cuda", 191_514_411_008, 7.7e12, 2250e12, 4500e12, 900e9, 50e9, 8),
-    "v4": Chip("TPU v4", "tpu", int(15.25 * GIB), 0.614e12, 137.5e12, 137.5e12, 150e9, 3.125e9, 8),
+    "v4": Chip("TPU v4", "tpu", int(30.75 * GIB), 1.228e12, 275e12, 275e12, 300e9, 6.25e9, 4),
     "v5e": Chip("TPU v5 lite", "tpu", int(15.75 * GIB), 0.819e12, 197e12, 197e12, 200e9, 3.125e9, 4),
     "v5p": Chip("TPU v5", "tpu", int(95.73 * GIB), 2.765e12, 459e12, 459e12, 600e9, 6.25e9, 4),
     "v6e": Chip("TPU v6 lite", "tpu", int(31.24 * GIB), 1.638e12, 918e12, 918e12, 400e9, 12.5e9, 4),
@@ -82,12 +81,13 @@ def chip(name: str) -> Chip:
 
 
 def devices(name: str) -> int:
-    """How many jax devices "v5p:2x2x4" or "h100:16" names. A TPU's numbers are chips, along each side of the slice."""
+    """How many jax devices "v5p:2x2x4" or "h100:16" names. A TPU's numbers are chips, along each side of the slice;
+    "v5p:2x2x4:2" is two such slices."""
     facts, (kind, _, shape) = chip(name), name.lower().partition(":")
-    if not re.fullmatch(r"[1-9]\d*" if facts.platform == "cuda" else r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
+    if not re.fullmatch(r"[1-9]\d*" if facts.platform == "cuda" else r"[1-9]\d*(x[1-9]\d*){1,2}(:[1-9]\d*)?", shape):
         example = "h100:16, a number of devices" if facts.platform == "cuda" else "v5p:2x2x4 or v6e:8x8, chips a side"
         raise UsageError(f"--topology {name}: write it as {example}")
-    return math.prod(map(int, shape.split("x"))) * (2 if kind in ("v4", "7x") else 1)
+    return math.prod(map(int, re.split("[x:]", shape))) * (2 if kind == "7x" else 1)
 
 
 def platform(name: str) -> str:
@@ -95,16 +95,10 @@ def platform(name: str) -> str:
     return chip(name).platform
 
 
-def described(name: str | None) -> AbstractDevice | None:
-    """A device by name as an abstract mesh holds it; None for None."""
-    if name is None:
-        return None
-    return AbstractDevice(device_kind=chip(name).kind, num_cores=None, platform=platform(name))
-
-
 def topology(name: str) -> list[Any]:
-    """Devices to make a mesh of and to compile for, none of which is there: "v5p:2x2x4" (chips along each side; through
-    libtpu) or "h100:16" (a number of devices, on hosts of eight; through jax's CUDA plugin).
+    """Devices to make a mesh of and to compile for, none of which is there: "v5p:2x2x4" (chips along each side, through
+    libtpu; "v5p:2x2x4:2" is two slices) or "h100:16" (a number of devices, on hosts of eight; through jax's CUDA
+    plugin).
 
     Raises UsageError for an unknown name, a shape that libtpu refuses (its hosts are 2x2 chips, or single ones), and a
     package that is missing. Needs no JAX_PLATFORMS, but for GPUs this process must not have asked for its own devices
@@ -122,8 +116,12 @@ def _tpus(name: str, kind: str, shape: str) -> list[Any]:
         # Where there is a TPU libtpu knows better. Elsewhere it would ask a metadata server that does not answer.
         for variable, value in NO_TPU.items():
             os.environ.setdefault(variable, value)
+    # Both cores of a v4 chip are one device, as on a real one; libtpu's own choice here would be two.
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    sides, _, slices = shape.partition(":")
+    options |= {"num_slices": int(slices)} if slices else {}
     try:
-        return list(topologies.get_topology_desc(f"{SPELLED.get(kind, kind)}:{shape}", "tpu").devices)
+        return list(topologies.get_topology_desc(f"{SPELLED.get(kind, kind)}:{sides}", "tpu", **options).devices)
     except Exception as error:  # libtpu's own, of several types
         raise UsageError(f"--topology {name}: libtpu does not take it ({str(error).splitlines()[0][:200]})") from None
 
@@ -136,7 +134,7 @@ def _gpus(name: str, kind: str, count: int) -> list[Any]:
             "nvidia-cuda-nvcc nvidia-nvvm absl-py"
         )
     hosts = -(-count // CHIPS[kind].host)
-    if count % hosts:
+    if hosts > 1 and count % CHIPS[kind].host:
         raise UsageError(f"--topology {name}: more than {CHIPS[kind].host} devices come in whole hosts of them")
     (major, minor), cores, cache, shared, units, clock = GPUS[kind]
     target = f"""

@@ -35,9 +35,15 @@ def mesh(
     return Mesh(_ordered(devices, sizes), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
-def abstract(spec: str, device: AbstractDevice | None = None) -> AbstractMesh:
-    """`abstract("expert=64")`: a mesh of any size and no devices, to plan and to type on. `device` says of what kind
-    they would be, for what depends on it."""
+def abstract(spec: str, kind: str | None = None) -> AbstractMesh:
+    """`abstract("expert=64")`: a mesh of any size and no devices, to plan and to type on. `kind` is what such a device
+    calls itself (`device_kind`), where that makes a difference."""
+    device = None
+    if kind is not None:
+        fields: dict[str, Any] = {"device_kind": kind, "num_cores": None}
+        if "platform" in inspect.signature(AbstractDevice).parameters:  # jax 0.11 and newer
+            fields["platform"] = "tpu" if kind.startswith("TPU") else "gpu"
+        device = AbstractDevice(**fields)
     explicit = (AxisType.Explicit,) * len(AXES)
     return AbstractMesh(tuple(mesh_sizes(spec).values()), AXES, axis_types=explicit, abstract_device=device)
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from glm_jax import hlo
 from glm_jax.hlo import Collective
 from glm_jax.sharding import abstract, mesh
-from glm_jax.targets import Chip, platform, topology
+from glm_jax.targets import Chip, chip, platform, topology
 
 CUBE = "data=2,expert=2,tensor=2"
 
@@ -109,6 +109,7 @@ def test_groups_are_read_as_axes(groups, axes):
         ("{{0,1},{1,0},{2,3},{3,2}}", [("tensor",)]),
         ("{{0,5},{5,0}}", [("data", "tensor")]),
         ("{{0,0},{1,1}}", []),  # every device keeps its own
+        ("{{0,8},{8,0}}", [("?",)]),  # of another mesh
     ],
 )
 def test_pairs_are_read_as_axes(pairs, axes):
@@ -178,7 +179,7 @@ def test_a_wrapped_collective_counts_once():
         "ROOT %d = f32[32]{0} async-done(%u), calls=%wrapped",
         wrapped=inner,
     )
-    assert hlo.collectives(program, abstract(CUBE)) == [Collective("all-gather", ("tensor",), 128, 1, "", "f32", (32,))]
+    same(hlo.collectives(program, abstract(CUBE)), [Collective("all-gather", ("tensor",), 128, 1, "", "f32", (32,))])
 
 
 # Lines as compiled for v5e:2x4 and 7x:2x2x1, cut after what is read.
@@ -198,10 +199,11 @@ def test_a_tpus_large_reduce_scatter():
             ]
         },
     )
-    assert hlo.collectives(program, abstract(CUBE)) == [
+    expected = [
         Collective("reduce-scatter", ("tensor",), 8288 * 2048 * 4, 1, "", "f32", (8288, 2048)),
         Collective("collective-permute", ("tensor",), 48 * 2048 * 4, 1, "", "f32", (48, 2048)),
     ]
+    same(hlo.collectives(program, abstract(CUBE)), expected)
 
 
 def test_a_tpus_collective_in_pieces_counts_once():
@@ -216,7 +218,7 @@ def test_a_tpus_collective_in_pieces_counts_once():
         **{"one.1": piece(0), "one.2": piece(0), "one.3": piece(0), "two.1": piece(1), "two.2": piece(1)},
     )
     one = Collective("all-gather", ("tensor",), 2048 * 2048 * 2, 1, "", "bf16", (1, 2048, 2048))
-    assert hlo.collectives(program, abstract(CUBE)) == [one, one]
+    same(hlo.collectives(program, abstract(CUBE)), [one, one])
 
 
 def test_a_collective_of_a_tpus_sparse_core():
@@ -227,6 +229,30 @@ def test_a_collective_of_a_tpus_sparse_core():
         called_computation=[f"ROOT %g = f32[32,128]{{1,0:T(8,128)}} all-gather(%p), {PAIRS}, dimensions={{0}}"],
     )
     assert [c.bytes for c in hlo.collectives(program, abstract(CUBE))] == [16384]
+
+
+def test_an_exchange_between_slices_of_tpus():
+    """As compiled for two slices of v5e:2x2: a send and a recv, of which one has the whole array."""
+    host = lambda kind: (
+        'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+        f'_xla_host_transfer_rendezvous="all_gather.3_0",_xla_megascale_transfer_type="{kind}"}}'
+    )
+    part, whole = (f"(f32[{n},512]{{1,0:T(8,128)}}, u32[], token[])" for n in (128, 256))
+    program = lambda kind, sent, received: text(
+        f"%send = {sent} send(%p, %after-all), channel_id=2, {host(kind)}",
+        f"%recv = {received} recv(%after-all), channel_id=1, {host(kind)}",
+        "%send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true",
+        "ROOT %recv-done = (f32[256,512]{1,0:T(8,128)}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true",
+    )
+    for kind, sent, received, expected in (
+        ("ALL_GATHER", part, whole, ("all-gather", 256)),
+        ("REDUCE_SCATTER", whole, part, ("reduce-scatter", 256)),
+        ("ALL_REDUCE", part, part, ("all-reduce", 128)),
+        ("ONE_TO_ONE", part, part, ("collective-permute", 128)),
+    ):
+        (c,) = hlo.collectives(program(kind, sent, received), abstract(CUBE))
+        assert (c.kind, c.bytes) == (expected[0], expected[1] * 512 * 4)
+        assert (c.axes, c.count, c.source, c.dtype) == (("?",), 1, "", "f32")
 
 
 def test_what_a_reduction_does_to_two_numbers_is_no_collective_of_its_own():
@@ -384,6 +410,31 @@ def test_roofline_of_tpus_in_one_slice():
 def test_collectives_in_nested_loops_elsewhere(name):
     m = mesh(CUBE, topology(name))
     same(hlo.collectives(compiled(nested, m, (64, 128), name), m), NESTED)
+
+
+def between_slices(x):
+    """Every kind of exchange between two slices, the first in a loop of 3."""
+    x = lax.scan(lambda c, _: (lax.psum(c, "data") * 0.5, None), x, None, length=3)[0]
+    x = lax.psum_scatter(jnp.tanh(lax.all_gather(x, "data", tiled=True)), "data", tiled=True)
+    return lax.ppermute(lax.all_to_all(jnp.tanh(x), "data", 0, 0, tiled=True), "data", [(0, 1), (1, 0)])
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("name", ["v5e:2x2:2", "v5p:2x2x1:2"])
+def test_what_goes_between_slices_is_counted(name):
+    m = mesh("data=2,expert=4", topology(name))
+    found = hlo.collectives(compiled(between_slices, m, (1024, 512), name), m)
+    one = 128 * 512 * 4
+    assert sorted((c.kind, c.axes, c.bytes, c.count) for c in found) == [
+        ("all-gather", ("?",), 2 * one, 1),
+        ("all-reduce", ("?",), one, 3),
+        ("all-to-all", ("?",), one, 1),
+        ("collective-permute", ("?",), one, 1),
+        ("reduce-scatter", ("?",), 2 * one, 1),
+    ]
+    facts = chip(name)
+    sent = sum((c.count or 0) * hlo.sent_bytes(c, m) for c in found)
+    assert hlo.roofline(0, 0, found, facts, m).network == pytest.approx(sent / facts.network)
 
 
 @pytest.mark.aot

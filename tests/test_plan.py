@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +20,7 @@ from glm_jax.errors import UsageError
 from glm_jax.linter import axes_table, hosts_of, lint, nearest_meshes
 from glm_jax.planner import GIB, best_mesh, meshes, needs, search, usable, weight_bytes
 from glm_jax.sharding import Rules, abstract, rules
-from glm_jax.targets import CHIPS, chip, described
+from glm_jax.targets import CHIPS, chip
 
 ROOT = Path(__file__).resolve().parents[1]
 BIG, AIR = preset("glm-4.6"), preset("glm-4.5-air")
@@ -247,7 +249,7 @@ def test_a_cache_that_is_the_same_along_an_axis():
 
 def test_padding():
     (text,) = said(lint(BIG, abstract("expert=8"), rules("ep"), batch=1), "padded")
-    assert "1 rows over data*expert=8: 7 of 8 rows are padding" in text and "--rules latency" in text
+    assert "1 row over data*expert=8: 7 of 8 rows are padding" in text and "--rules latency" in text
     assert not said(lint(BIG, abstract("expert=8"), rules("ep"), batch=8), "padded")
     lanes = said(lint(BIG, abstract("tensor=8"), rules("ep")), "padded")
     assert any("moe_intermediate_size 1,536 is 192 on a device, no multiple of a TPU's 128 lanes" in t for t in lanes)
@@ -381,6 +383,56 @@ def test_a_plan_needs_no_devices():
 
 def test_the_kind_of_device_is_known_to_the_dispatch():
     """A v5e has no ragged all-to-all, so its groups of sixteen gather, which holds more and moves more."""
-    kinds = (lint(BIG, abstract("expert=16", kind), rules("ep"), 16) for kind in (None, described("v5e")))
+    kinds = (lint(BIG, abstract("expert=16", kind), rules("ep"), 16) for kind in (None, chip("v5e").kind))
     sent, gathered = ({f.text.split()[2] for f in found if f.kind == "moved"} for found in kinds)
     assert "ragged-all-to-all" in sent and "ragged-all-to-all" not in gathered
+
+
+# ---- against XLA: what no accelerator is needed for, but its compiler
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from compile_table import CASES  # noqa: E402
+
+QUICK = [i for i, case in enumerate(CASES) if case[0].startswith("h100") or case[0] == "v6e:8x8"]  # the rest by hand
+LEAST = 4 * 2**20  # bytes by which temporaries may be off however few they are
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("i", QUICK, ids=["-".join(map(str, CASES[i])) for i in QUICK])
+def test_the_plan_agrees_with_xla(i):
+    """Arguments within 1 %, temporaries within 15 %, the total within 5 %; and no temporary holds a layer's experts."""
+    pytest.importorskip("libtpu" if CASES[i][0].startswith("v") else "jax_plugins.xla_cuda13")
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
+    argv = [sys.executable, str(ROOT / "benchmarks/compile_table.py"), "--case", str(i)]
+    made = subprocess.run(argv, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, cwd=ROOT)
+    assert made.returncode == 0, made.stderr[-2000:]
+    got = json.loads(made.stdout.splitlines()[-1])
+    off = lambda key: abs(got[f"planned_{key}_bytes"] - got[f"{key}_bytes"])
+    assert off("argument") < 0.01 * got["argument_bytes"]
+    assert off("temporary") < max(0.15 * got["temporary_bytes"], LEAST)
+    assert off("total") < 0.05 * got["total_bytes"]
+    if got["tokens"] == 1:
+        config, at = preset(got["model"]), abstract(got["mesh"])
+        layer = weight_bytes(config, at, rules(got["rules"]))["experts"] // config.moe_layers
+        assert got["temporary_bytes"] < layer
+
+
+# ---- docs/plan.md
+
+DOC = (ROOT / "docs/plan.md").read_text()
+BLOCKS = re.findall(r"```bash\n(glm-jax plan [^\n]*)\n```\n\n```\n(.*?)```", DOC, re.S)
+
+
+@pytest.mark.parametrize("command, shown", BLOCKS, ids=[command[14:60] for command, _ in BLOCKS])
+def test_the_page_shows_what_is_printed(command, shown, capfd):
+    """Line by line, blanks aside; a line of dots stands for some that are left out."""
+    if "--compile" in command:
+        pytest.skip("XLA's numbers are those of its version; test_the_plan_agrees_with_xla has them")
+    out = tell(capfd, *shlex.split(command)[2:])[1]
+    printed = [" ".join(line.split()) for line in out.splitlines()]
+    for line in filter(None, (" ".join(line.split()) for line in shown.splitlines())):
+        assert line == "..." or line in printed, line
+
+
+def test_the_page_has_commands():
+    assert len(BLOCKS) >= 5 and len(BLOCKS) == DOC.count("glm-jax plan -m")

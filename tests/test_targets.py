@@ -29,7 +29,7 @@ def test_facts_are_of_a_device():
     for name, c in targets.CHIPS.items():
         assert 15 * 2**30 < c.memory < 180 * 2**30, name
         assert c.network < c.link < c.bandwidth < c.bf16 <= c.fp8, name
-        assert c.host == {"v5e": 4, "v5p": 4, "v6e": 4}.get(name, 8)
+        assert c.host == {"v4": 4, "v5e": 4, "v5p": 4, "v6e": 4}.get(name, 8)
 
 
 @pytest.mark.parametrize(
@@ -37,8 +37,10 @@ def test_facts_are_of_a_device():
     [
         ("v5p:2x2x4", 16, "tpu"),
         ("v5e:16x16", 256, "tpu"),
-        ("v4:2x2x2", 16, "tpu"),
+        ("v4:2x2x2", 8, "tpu"),
         ("7x:2x2x2", 16, "tpu"),
+        ("v5p:2x2x4:2", 32, "tpu"),
+        ("7x:2x2x1:3", 24, "tpu"),
         ("h100:16", 16, "cuda"),
         ("B200:4", 4, "cuda"),
     ],
@@ -59,6 +61,9 @@ def test_names(name, count, platform):
         ("v5e:256", "write it as v5p:2x2x4"),
         ("v5e:0x4", "write it as v5p:2x2x4"),
         ("v5p:2x2x4x4", "write it as v5p:2x2x4"),
+        ("v5p:2x2x4:0", "write it as v5p:2x2x4"),
+        ("v5p:2", "write it as v5p:2x2x4"),
+        ("h100:8:2", "write it as h100:16"),
     ],
 )
 def test_wrong_names(name, message):
@@ -96,7 +101,7 @@ def test_a_tpu_machine_is_left_to_say_what_it_is(monkeypatch):
     assert told == targets.NO_TPU | {"TPU_ACCELERATOR_TYPE": "v5litepod-4"}
     assert [(a[0], k) for a, k in seen] == [
         ("v5e:2x2", {}),
-        ("v4:2x2x1", {}),
+        ("v4:2x2x1", {"chip_config_name": "megacore"}),
         ("tpu7x:2x2x1", {}),
     ]
 
@@ -114,6 +119,8 @@ class Devices:
         ("v5p:2x2x4", 4),
         ("v6e:2x4", 2),
         ("7x:2x2x2", 2),
+        ("v5e:2x4:3", 6),
+        ("v4:2x2x1:2", 2),
         ("a100:8", 1),
         ("h100:16", 2),
         ("b200:1", 1),
@@ -124,6 +131,8 @@ def test_devices_that_are_not_there(name, hosts):
     assert len(found) == targets.devices(name) == len(set(found))
     assert {d.device_kind for d in found} == {targets.chip(name).kind}
     assert len({d.process_index for d in found}) == hosts
+    slices = {getattr(d, "slice_index", 0) for d in found}  # which devices of a single slice do not have
+    assert len(slices) == (int(name.split(":")[2]) if name.count(":") == 2 else 1)
 
 
 @pytest.mark.aot
@@ -139,7 +148,14 @@ def test_memory_of_a_tpu_is_what_its_compiler_says(name):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("name, message", [("v5p:3x3x3", "libtpu does not take it"), ("h100:9", "come in whole hosts")])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("v5p:3x3x3", "libtpu does not take it"),
+        ("h100:9", "come in whole hosts"),
+        ("h100:12", "come in whole hosts"),  # not two of six
+    ],
+)
 def test_shapes_that_do_not_exist(name, message):
     with pytest.raises(UsageError, match=message):
         targets.topology(name)
