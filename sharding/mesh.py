@@ -1,5 +1,6 @@
 """The only place a mesh is made. Its axes are always the same four, Explicit, and may have size 1."""
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -28,7 +28,7 @@ from glm_jax.hlo import Collective, collectives, large_buffers, sent_bytes
 from glm_jax.model import cached_heads, check_mesh, kv_axes
 from glm_jax.sharding import AXES, PRESETS, Rules, abstract, default_sizes, describe, device_kind, mesh, rules
 from glm_jax.sharding.mesh import _ordered, across
-from glm_jax.targets import described
+from glm_jax.targets import chip
 from glm_jax.traffic import expected
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,7 +209,7 @@ def test_sent_is_gathered(kind, T):
 
 def test_small_groups_are_gathered_and_so_is_a_v5e():
     assert not dispatch.sends(8, "TPU v5") and dispatch.sends(16, "TPU v5")
-    assert not dispatch.sends(16, device_kind(abstract("expert=16", described("v5e"))))
+    assert not dispatch.sends(16, device_kind(abstract("expert=16", chip("v5e").kind)))
     assert dispatch.sends(16, device_kind(abstract("expert=16"))) and device_kind(mesh()) == "cpu"
 
 
