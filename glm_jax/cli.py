@@ -251,7 +251,8 @@ def plan(args: argparse.Namespace) -> int:
         )
     if asked and (errors := [f for f in lint(config, asked, by) if f.kind == "error"]):
         raise UsageError(f"--mesh {args.mesh}: " + "; ".join(str(e).removeprefix("error: ") for e in errors))
-    planned = planner.plan(config, args.mesh or count or 1, args.rules, **options)
+    at: Any = args.mesh or count or 1
+    planned = planner.plan(config, at, args.rules, **options)
     layout = abstract(planned.mesh, kind)
     findings = lint(config, layout, by, args.batch, args.context, device=device, fp8=options["fp8"])
     if args.train:  # its steps are others, whose collectives no formula has yet

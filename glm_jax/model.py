@@ -686,7 +686,8 @@ def check_mesh(config: Config, mesh, rules: Rules) -> None:
     for axis, size, name in undivided(config, mesh, rules):
         value, axes = getattr(config, name), "*".join(mesh_axes([getattr(rules, axis)]))
         fits = [str(n) for n in range(1, size + 1) if value % n == 0]
-        problems.append(f"{name} {value} over {axes}={size} (sizes that divide: {', '.join(fits)})")
+        problem = f"{name} {value} over {axes}={size} (sizes that divide: {', '.join(fits)})"
+        problems += [problem] if problem not in problems else []  # experts and the shared one have one width
     if problems:
         raise UsageError(f"--mesh {describe(mesh)} does not divide " + "; ".join(problems))
 

@@ -214,10 +214,12 @@ def fail(words: str, interrupted: bool = False) -> str | None:
     job = _job
     job.ending.set()
     own = "was interrupted" if interrupted else f"has failed: {words}"
-    if not job.knows.is_set() and not interrupted and "Error:" in words:  # perhaps for want of another process
+    foreign = not interrupted and "Error:" in words  # a library's: perhaps for want of another process
+    if foreign:
         job.knows.wait(GRACE)
-    if job.knows.is_set() and job.reason is not None and job.reason[1] == "has gone":
-        return f"{job.name(job.reason[0])} {job.reason[1]}"
+    if job.knows.is_set() and job.reason is not None and job.reason[1] != own:
+        if foreign or job.reason[1] == "has gone":
+            return f"{job.name(job.reason[0])} {job.reason[1]}"
     job.send({"end": [job.place.process, own]})
     if job.place.process == 0:
         return words
@@ -252,7 +254,7 @@ def catch_signals() -> None:
         signal.signal(signal.SIGINT, handler)
     signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
 
-    def watch():
+    def watch(ours: socket.socket, _wakeup: socket.socket):  # an unnamed one would be closed
         while number := ours.recv(1):
             if number[0] not in (signal.SIGINT, signal.SIGTERM):
                 continue
@@ -262,7 +264,7 @@ def catch_signals() -> None:
                 fail("interrupted", interrupted=True)
                 _leave("interrupted", 130)
 
-    threading.Thread(target=watch, daemon=True, name="signals").start()
+    threading.Thread(target=watch, args=(ours, wakeup), daemon=True, name="signals").start()
 
 
 def _leave(words: str | None, code: int) -> None:
@@ -396,18 +398,22 @@ def _meet(place: Place, wait: float) -> tuple[dict[int, socket.socket], list[str
                         f"{'it' if len(missing) == 1 else 'them'}, or open the port"
                     ) from None
                 line.settimeout(2.0)
-                with contextlib.suppress(OSError, ValueError, KeyError, TypeError, StopIteration):  # a stranger
+                try:
                     hello = _hello(line)
-                    i, n = int(hello["process"]), int(hello["processes"])
-                    if n != place.processes or not 0 < i < n or i in lines:
-                        why = (
-                            f"process {i} of {n} ({hello['host']}) came to {place.coordinator}, where process 0 of "
-                            f"{place.processes} " + ("has met one of that number already" if i in lines else "waits")
-                        )
-                        _send(line, {"no": why + ": check --processes and --process"})
-                        raise UsageError(why + ": check --processes and --process")
-                    _kept_alive(line)
-                    lines[i], hosts[i] = line, str(hello["host"])
+                    i, n, name = int(hello["process"]), int(hello["processes"]), str(hello["host"])
+                except (OSError, ValueError, KeyError, TypeError):  # a stranger
+                    line.close()
+                    continue
+                if n != place.processes or not 0 < i < n or i in lines:
+                    why = (
+                        f"process {i} of {n} ({name}) came to {place.coordinator}, where process 0 of "
+                        f"{place.processes} {'has met one of that number already' if i in lines else 'waits'}: check "
+                        "--processes and --process"
+                    )
+                    _send(line, {"no": why})
+                    raise UsageError(why)
+                _kept_alive(line)
+                lines[i], hosts[i] = line, name
         for line in lines.values():
             _send(line, {"hosts": hosts})
     except BaseException as error:

@@ -241,7 +241,10 @@ def test_a_wrong_folder(kind, copy, capfd):
         (("generate", "-p", "x", "--mesh", "pipeline=2"), "no axis 'pipeline'"),
         (("generate", "-p", "x", "--mesh", "expert=two"), "expert='two' is not a size"),
         (("generate", "-p", "x", "--mesh", "expert=2,expert=4"), "--mesh expert=2,expert=4: expert is named twice"),
-        (("generate", "-p", "x", "--rules", "zero"), "--rules zero: unknown, the presets are ep, tp"),
+        (
+            ("generate", "-p", "x", "--rules", "zero"),
+            "--rules zero: unknown, the presets are ep, latency, tp, fsdp, long",
+        ),
         (("generate", "-p", "x", "--dtype", "int8"), "argument --dtype: invalid choice: 'int8'"),
         (("generate", "-p", "x", "--layers", "0"), "--layers 0: this model has 1 to 3"),
         (("generate", "-p", "x", "--layers", "four"), "argument --layers: invalid int value: 'four'"),

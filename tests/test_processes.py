@@ -323,6 +323,23 @@ def test_an_interrupted_command_ends_in_all(folder, who, number):
 
 
 @pytest.mark.slow
+def test_an_interrupt_is_seen_while_waiting_for_a_process_that_stands_still(folder):
+    argv = [sys.executable, "-m", "glm_jax", "generate", "-m", folder, "-p", "the", "--max-tokens", 4000, "--raw"]
+    with started(*(argv + f for f in flags()), envs=[{"PYTHONUNBUFFERED": "1"}] * 2) as children:
+        assert children[0].stdout.read(1)
+        children[1].send_signal(signal.SIGSTOP)
+        time.sleep(1)
+        begin = time.monotonic()
+        children[0].send_signal(signal.SIGINT)
+        code, _, error = ended(children[:1], 30)[0]
+        assert time.monotonic() - begin < 6
+        children[1].send_signal(signal.SIGCONT)
+        other = ended(children[1:], 30)[0]
+    assert code == 130 and error.endswith("glm-jax: interrupted\n")
+    assert other[0] == 1 and other[2] == f"glm-jax: process 0 ({socket.gethostname()}) was interrupted\n"
+
+
+@pytest.mark.slow
 def test_what_one_finds_wrong_ends_all_and_is_said_once(folder, tmp_path):
     for i in (0, 1):
         (tmp_path / str(i)).mkdir()
