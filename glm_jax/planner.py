@@ -132,7 +132,7 @@ def _working_bytes(config: Config, mesh, rules: Rules, rows: int, tokens: int, s
     held = lambda *slices: sum(n for n in slices if not tpu or n > ON_CHIP)
     one = D * N * c.head_dim * wide  # a layer's q, or its o, out of their stack
     # Attention. Of a prompt, queries, their rotation and the result, and scores in float32 and as they are multiplied
-    # by the values; of one token, the layer's keys and values out of the cache, and its scores.
+    # by the values; of one token, the layer's keys or its values out of the cache, one after the other, and its scores.
     if T > 1:
         _, block = attention_blocks(B, T, N, slots)
         scores = B * N * block * min(slots, tokens) * (4 + wide)
@@ -140,7 +140,7 @@ def _working_bytes(config: Config, mesh, rules: Rules, rows: int, tokens: int, s
     else:
         own_slots, kv = slots // size(rules.slots), cached_heads(c, mesh, rules) // size(rules.heads)
         layer = B * kv * own_slots * c.head_dim * wide
-        attention = {"a layer's keys and values": held(layer, layer), "scores": held(B * N * own_slots * (4 + wide))}
+        attention = {"a layer's keys, or its values": held(layer), "scores": held(B * N * own_slots * (4 + wide))}
         attention["slices of weights"] = held(one)
     # The experts: the tokens of the group as they come and what becomes of them, and the rows that are worked on at
     # once: read, looked up, multiplied.

@@ -368,8 +368,9 @@ def test_wrong_rules_fail_before_anything_is_made():
 def test_the_picture():
     pyplot = pytest.importorskip("matplotlib.pyplot")
     pyplot.switch_backend("agg")
-    axes = plan(BIG, "expert=8", batch=8, device="h100").plot()
-    assert sum(p.get_width() for p in axes.patches) == pytest.approx(plan(BIG, "expert=8", batch=8).total / GIB)
+    made = plan(BIG, "expert=8", batch=8, device="h100")
+    axes = made.plot()
+    assert sum(p.get_width() for p in axes.patches) == pytest.approx(made.total / GIB)
     pyplot.close("all")
 
 
