@@ -487,7 +487,21 @@ class GLM(nnx.Module):
 
     def embedded(self, ids, rules: Rules):
         """ids [B, T] -> their embeddings [B, T, D]."""
-        return together("embed", self.embed[...], self.rules).at[ids].get(out_sharding=rules("batch", "seq", None))
+        table, spec = together("embed", self.embed[...], self.rules), rules("batch", "seq", None)
+        vocab = mesh_axes([rules.vocab])
+        if not vocab:
+            return table.at[ids].get(out_sharding=spec)
+
+        # Each device looks up what it has of the table, and the sum is over zeros elsewhere. Left to the partitioner, a
+        # single id is a slice, for which it brings the whole table together.
+        @jax.shard_map(out_specs=spec)
+        def look_up(table, ids):
+            row = ids - jax.lax.axis_index(vocab) * table.shape[0]
+            mine = (row >= 0) & (row < table.shape[0])
+            x = table.at[jnp.where(mine, row, 0)].get(mode="promise_in_bounds")
+            return jax.lax.psum(jnp.where(mine[..., None], x, 0), vocab)
+
+        return look_up(table, ids)
 
     def logits(self, hidden):
         """States after the final norm [..., D] -> logits [..., V]."""
