@@ -245,7 +245,7 @@ def default_mesh(config: Config, rules: Rules, devices: list) -> str:
 
 def refuse_if_too_large(config: Config, mesh, rules: Rules, name: str) -> None:
     """Raises NoSpace, with the parts and the changes that would fit, if the devices of the mesh are too small."""
-    have, need = device_bytes(mesh.devices.flat[0]), needs(config, mesh, rules)
+    have, need = device_bytes(mesh.local_devices[0]), needs(config, mesh, rules)
     if need.total <= have:
         return
     total = lambda layout: needs(config, layout, rules).total
