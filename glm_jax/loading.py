@@ -50,7 +50,8 @@ def load(
         config, indexed, wanted = read_config(folder, dtype, layers)
         rules = make_rules(rules)
         if mesh is None:
-            mesh = default_mesh(config, rules, sorted(jax.devices(), key=lambda d: d.process_index != index()))
+            here = jax.process_index()  # also of processes that did not meet by processes.start
+            mesh = default_mesh(config, rules, sorted(jax.devices(), key=lambda d: d.process_index != here))
     if count() > 1 and isinstance(mesh, str):  # what is free differs between hosts, and so may the default
         mesh = exchange(mesh)[0]
     with agreed():
@@ -194,7 +195,8 @@ def save(model: GLM, folder: "str | Path", tokenizer: "Tokenizer | None" = None)
     folder = Path(folder)
     if count() == 1 and getattr(model.mesh, "is_multi_process", False):
         raise UsageError(
-            "save: the processes know nothing of each other: call glm_jax.processes.start() first, in each"
+            "save: the processes know nothing of each other: call glm_jax.processes.start() in each, in place of "
+            "jax.distributed.initialize()"
         )
     with agreed():
         if index() == 0:

@@ -109,7 +109,8 @@ def start(
     JobSet or a TPU slice. A process that is alone is left as it is; a second call does nothing.
 
     From then on an end of one process is an end of all: within seconds each says why on stderr and exits with 1.
-    Raises UsageError for numbers that cannot be, and GLMError if not all have met within `wait` seconds."""
+    Raises UsageError for numbers that cannot be or if jax has its devices already, and GLMError if not all have met
+    within `wait` seconds."""
     global _job
     if _job is not None:
         return
@@ -120,7 +121,13 @@ def start(
 
     if jax.distributed.is_initialized():  # by the caller, whose business its end is then
         return
+    from jax._src import xla_bridge
+
+    if xla_bridge.backends_are_initialized():  # said before the others are met, who would wait
+        raise UsageError("processes.start: jax has its devices already: call it before anything that asks for one")
     lines, hosts = _meet(place, wait)
+    _without_proxy(place)
+    jax.config.update("jax_check_proxy_envs", False)  # a warning of what has just been seen to
     # jax's own answer to SIGTERM is to note it and go on.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -455,6 +462,13 @@ def _call(place: Place, host: str, port: int, end: float, wait: float):
         raise GLMError(f"{me} reached {place.coordinator}, but not all processes came within {wait:.0f} s")
     _kept_alive(line)
     return {0: line}, answer["hosts"]
+
+
+def _without_proxy(place: Place) -> None:
+    """gRPC, which jax's client is, would go to the coordinator through the proxy of a cluster, even on this machine."""
+    before = next((v for k in ("no_grpc_proxy", "no_proxy", "NO_PROXY") if (v := os.environ.get(k))), "")
+    host = place.coordinator.rpartition(":")[0].strip("[]")
+    os.environ["no_grpc_proxy"] = ",".join(filter(None, (before, host, "127.0.0.1")))
 
 
 def _relay(to: tuple) -> str:

@@ -12,11 +12,12 @@ import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from folders import write_model, write_text_model
 
-from glm_jax import load, processes
+from glm_jax import generate_ids, load, processes
 from glm_jax.cli import main
 from glm_jax.config import tiny
 from glm_jax.convert.safetensors import read_folder
@@ -388,7 +389,8 @@ def test_a_mesh_without_a_device_of_each_process_is_refused(folder):
 # ---- the beginning
 
 
-def test_who_does_not_come_is_named():
+def test_who_does_not_come_is_named(monkeypatch):
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)  # other tests have seen to that
     port = free_port()
     with pytest.raises(GLMError, match=rf"process 0 of 3 waited 0 s at 127.0.0.1:{port} for process 1, 2: start them"):
         processes.start(f"127.0.0.1:{port}", 3, 0, wait=0.3)
@@ -414,6 +416,54 @@ def test_wrong_numbers_are_refused_by_both():
             r"--process\n",
             error,
         )
+
+
+@pytest.mark.slow
+def test_a_proxy_is_not_asked_for_the_coordinator():
+    """Where gRPC would go through one, jax aborts after a minute."""
+    proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    envs = [place | proxies for place in places()]
+    with started(*([sys.executable, "-c", WORK, "done"],) * 2, envs=envs) as children:
+        answers = ended(children, 50)
+    assert [(code, error) for code, _, error in answers] == [(0, ""), (0, "")]
+
+
+def test_who_has_devices_already_is_refused_before_it_meets_the_others():
+    jax.devices()
+    with pytest.raises(UsageError, match="jax has its devices already: call it before anything that asks for one"):
+        processes.start(f"127.0.0.1:{free_port()}", 2, 0, wait=0.3)
+    assert processes.count() == 1
+
+
+OWN = """
+import os, sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+names = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+at, count, i = (os.environ[name] for name in names)
+jax.distributed.initialize(at, int(count), int(i), cluster_detection_method="deactivate")
+from glm_jax import generate_ids, load, processes, save
+from glm_jax.errors import UsageError
+processes.start()
+model, _ = load(sys.argv[1])
+print("tokens", generate_ids(model, [[1, 2, 3]], max_tokens=2, stop_ids=()))
+try:
+    save(model, sys.argv[2])
+except UsageError as error:
+    print("save", error)
+"""
+
+
+@pytest.mark.slow
+def test_a_script_may_initialize_jax_itself(numbers, tmp_path):
+    with script(OWN, numbers[0], tmp_path / "saved") as children:
+        answers = ended(children)
+    said = [[line for line in out.splitlines() if line.startswith(("tokens", "save"))] for _, out, _ in answers]
+    assert [code for code, _, _ in answers] == [0, 0], answers
+    assert said[0] == said[1] and len(said[0]) == 2
+    model = load(numbers[0], mesh="data=1")[0]
+    assert said[0][0] == f"tokens {generate_ids(model, [[1, 2, 3]], max_tokens=2, stop_ids=())}"
+    assert said[0][1].endswith("in place of jax.distributed.initialize()")
 
 
 @pytest.fixture
