@@ -39,7 +39,6 @@ FP8 = ("q", "k", "v", "o", "gate_up", "down")  # the matrices that the published
 FP8_SCALE = 4  # bytes of the float32 scale that they have for each output of a matrix
 ON_CHIP = 2**26  # bytes of a slice up to which a TPU keeps it in VMEM
 ADAMW = 12  # bytes a weight: its float32 copy and two float32 moments
-ON_CHIP = 2**26  # bytes of a slice up to which a TPU keeps it in VMEM
 SLOTS = 256  # a --context that is offered is a multiple of this
 
 

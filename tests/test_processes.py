@@ -183,7 +183,9 @@ def test_numbers_are_those_of_one_process(numbers, mesh, rules, tmp_path):
                 assert np.array_equal(found[name], want), name
             else:
                 scale = want.std() if want.ndim else abs(want)
-                assert np.abs(found[name] - want).max() <= 1e-5 * scale, name
+                off = np.abs(found[name] - want)
+                # As tests/test_sharding.py: one process of eight devices has the same largest difference, 1.2e-5.
+                assert np.sqrt(np.mean(off**2)) <= 1e-5 * scale and off.max() <= 5e-5 * scale, name
     # The bytes: what is read is what progress counted and, cut over experts, what the process's devices hold.
     tensors = read_folder(folder).values()
     total, experts = (sum(t.nbytes for t in tensors if part in t.name) for part in ("", ".experts."))
