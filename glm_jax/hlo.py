@@ -176,9 +176,6 @@ def big_buffers(compiled, at_least_bytes: int) -> list[Buffer]:
     return sorted(found, key=lambda b: (-b.bytes, b.shape, b.op))
 
 
-large_buffers = big_buffers  # its first name
-
-
 # ------------------------------------------------------------------------------------------------- reading the program
 
 

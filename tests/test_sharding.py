@@ -2,7 +2,6 @@
 preset against one device."""
 
 import collections
-import dataclasses
 import functools
 import json
 import os
@@ -24,7 +23,7 @@ from glm_jax.cache import write
 from glm_jax.config import preset, tiny
 from glm_jax.errors import UsageError
 from glm_jax.generation import lower_step
-from glm_jax.hlo import Collective, collectives, large_buffers, sent_bytes
+from glm_jax.hlo import Collective, collectives, sent_bytes
 from glm_jax.model import cached_heads, check_mesh, kv_axes
 from glm_jax.sharding import AXES, PRESETS, Rules, abstract, default_sizes, describe, device_kind, mesh, rules
 from glm_jax.sharding.mesh import _ordered, across
@@ -341,13 +340,5 @@ def test_sixteen_devices():
     assert row["tokens_equal"] and row["logits_rms"] < 1e-5 and row["gradients_rms"] < 1e-5
 
 
-# ---- memory, compiled
-
-
-def test_large_buffers_are_results_and_not_names():
-    config = dataclasses.replace(preset("glm-4.6"), dtype=jnp.dtype("float32"))
-    x = jax.ShapeDtypeStruct((4096, 4096), jnp.float32)
-    text = jax.jit(lambda a, b: (a @ b) @ a).lower(x, x).compile().as_text()
-    assert [b.op for b in large_buffers(text, 1 << 26)] in (["dot"], ["custom-call"], ["fusion"])
-    assert not large_buffers(text, 1 << 27) and config.num_hidden_layers == 92
+def test_the_presets():
     assert set(PRESETS) == {"ep", "latency", "tp", "fsdp", "long"}
