@@ -526,7 +526,7 @@ class GLM(nnx.Module):
 def ahead(a, n: int, rules: Rules):
     """Of a table [B, T] what stands n places further on, and zeros at the end."""
     a = jax.reshard(a, rules("batch", None))  # a cut dimension takes no slice
-    return jax.reshard(jnp.concatenate([a[:, n:], jnp.zeros_like(a[:, :n])], 1), rules("batch", "seq"))
+    return jax.reshard(jnp.pad(a[:, n:], ((0, 0), (0, n))), rules("batch", "seq"))
 
 
 # Which dimension of a weight is the model's width, from the end; norms are small and never cut.
