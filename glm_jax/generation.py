@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import resource
 import sys
 import time
@@ -18,8 +19,9 @@ from glm_jax.errors import UsageError
 from glm_jax.model import GLM, PREFILL_CHUNK, batch_shards, bucket, cached_heads, checked_ids, in_mesh, round_up
 from glm_jax.parsing import ResponseStream
 from glm_jax.planner import refuse_if_no_room
-from glm_jax.processes import everywhere, placed
+from glm_jax.processes import everywhere, index, placed
 from glm_jax.sample import Sampling, sample
+from glm_jax.sharding import mesh_axes
 from glm_jax.tokenizer import Tokenizer
 
 
@@ -170,6 +172,7 @@ def generate_steps(
     The device works on the next step while the caller looks at this one."""
     sampling = Sampling.of(temperature, top_k, top_p, min_p, repetition_penalty, model.token_limit)
     table, lengths = _table(model, prompts)
+    _say_padding(len(prompts), len(table), " and ".join(mesh_axes([model.rules.batch])))
     longest, chunks = int(lengths.max()), -(-table.shape[1] // PREFILL_CHUNK)
     steps = max(_limit(model, len(p), max_tokens) for p in prompts)
     rows = table.shape[0]
@@ -349,6 +352,15 @@ def _table(model: GLM, prompts) -> tuple[np.ndarray, np.ndarray]:
         row[: len(prompt)] = prompt
     lengths = [len(p) for p in prompts] + [1] * (rows - len(prompts))
     return table, np.asarray(lengths, np.int32)
+
+
+@functools.cache  # once for each number of prompts, not with every one
+def _say_padding(prompts: int, rows: int, axes: str):
+    if rows > prompts and index() == 0:
+        mend = "; --rules latency uses every device for one prompt" if prompts == 1 else ""
+        text = f"{prompts} prompt{'s'[: prompts > 1]} on a mesh whose {axes} take {rows} rows: "
+        text += f"{rows - prompts} of them are padding, and prompts in their place are free{mend}"
+        logging.getLogger("glm_jax").warning(text)
 
 
 def _limit(model: GLM, prompt_tokens: int, max_tokens: int) -> int:

@@ -64,8 +64,13 @@ def linear(x: Float[Array, "B T *in"], w: "Array | Matrix", spec: jax.P | None =
         return _linear_in_place(x, w, spec)
     out = w.shape[: w.ndim - x.ndim + 2]
     # As one matrix of rows: XLA on CPU would transpose a stack of them.
-    x, w = x.reshape(x.shape[0], x.shape[1], -1), w.reshape(int(np.prod(out)), -1)
-    return jnp.einsum("btd,id->bti", x, w, out_sharding=spec).reshape(x.shape[0], x.shape[1], *out)
+    rows, matrix = x.reshape(x.shape[0], x.shape[1], -1), w.reshape(int(np.prod(out)), -1)
+    y = jnp.einsum("btd,id->bti", rows, matrix, out_sharding=spec)
+    if len(out) == 1:
+        return y
+    # Left to itself, a reshape of a dimension cut by two axes gives the second one to the next dimension if it can.
+    spec = jax.P(*jax.typeof(y).sharding.spec[:2], *jax.typeof(w).sharding.spec[: len(out)])
+    return jnp.reshape(y, (*y.shape[:2], *out), out_sharding=spec)
 
 
 def _linear_in_place(x, w: Matrix, spec):

@@ -20,10 +20,11 @@ GIB = 2**30
 class Chip:
     """One jax device. Rates are the vendor's peaks, of dense matrices, a second.
 
-    A TPU v4 and a 7x show libtpu two devices a chip, so their numbers are half a chip's; every other kind one. `memory`
-    is what there is for a program: of it jax takes three quarters on a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says
-    otherwise. `link` is all that a device sends to its neighbours at once: NVLink, or every link of a TPU's torus, of
-    which a collective along one axis of the torus uses a part."""
+    A TPU 7x chip is two devices, so its numbers are half a chip's. Both cores of a v4 chip are one device (megacore),
+    as on the machines there are; every other chip is one device too. `memory` is what there is for a program: of it jax
+    takes three quarters on a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise. `link` is all that a device
+    sends to its neighbours at once: NVLink, or every link of a TPU's torus, of which a collective along one axis of
+    the torus uses a part."""
 
     kind: str  # what a device calls itself
     platform: str  # as jax says: cuda or tpu

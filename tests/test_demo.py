@@ -106,6 +106,7 @@ def test_it_chats(demo):
     assert text.lstrip().startswith("```python\ndef "), text
 
 
+@pytest.mark.slow
 def test_it_never_writes_a_padding_id(demo):
     rows = generate_ids(demo[0], [[1, 2, 3]] * 4, max_tokens=64, temperature=100.0, seed=[0, 1, 2, 3], stop_ids=())
     assert max(max(row) for row in rows) < bpe.SIZE

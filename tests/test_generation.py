@@ -137,7 +137,7 @@ def test_a_cache_is_spent_with_the_call(single):
 # ---- batches
 
 
-@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "filtered"])
+@pytest.mark.parametrize("options", [{}, pytest.param(SAMPLED, marks=pytest.mark.slow)], ids=["greedy", "filtered"])
 def test_a_prompt_in_chunks_is_the_prompt(model, monkeypatch, options):
     """Chunks of 8, 8 and the rest: prompts end in each of them, at their borders too."""
     rng = np.random.default_rng(4)
@@ -181,6 +181,19 @@ def test_every_mesh_draws_the_same(model, single):
     for options in ({}, SAMPLED):
         want = generate_ids(single, PROMPTS[:2], max_tokens=6, **options)
         assert generate_ids(model, PROMPTS[:2], max_tokens=6, **options) == want
+
+
+def test_padding_is_said_once(caplog):
+    generation._say_padding.cache_clear()
+    model = GLM(CONFIG, "data=2,expert=2,tensor=2")
+    for _ in range(2):
+        generate_ids(model, [[1, 2, 3]], max_tokens=1)
+    assert [r.getMessage() for r in caplog.records] == [
+        "1 prompt on a mesh whose data and expert take 4 rows: 3 of them are padding, and prompts in their place are "
+        "free; --rules latency uses every device for one prompt"
+    ]
+    generate_ids(model, [[1, 2, 3]] * 4, max_tokens=1)
+    assert len(caplog.records) == 1
 
 
 def test_seeds(model):

@@ -26,8 +26,13 @@ def checkpoint(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "mesh", [None, "data=1", "expert=2,tensor=2", "expert=4", "data=2,expert=2,tensor=2", "tensor=2"]
-)
+    "mesh",
+    [
+        "data=2,expert=2,tensor=2",
+        *(pytest.param(at, marks=pytest.mark.slow) for at in (None, "data=1", "expert=2,tensor=2", "expert=4")),
+        pytest.param("tensor=2", marks=pytest.mark.slow),
+    ],
+)  # test_inside_equals_transformers is one device
 def test_equals_transformers_on_every_mesh(checkpoint, mesh):
     want, folder = checkpoint
     model, tokenizer = load(folder, mesh=mesh, rules=golden.RULES, dtype="float32")

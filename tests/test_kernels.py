@@ -72,7 +72,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("rest", [0, 9])
+@pytest.mark.parametrize("rest", [pytest.param(0, marks=pytest.mark.slow), 9])
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 def test_grouped_matmul(sizes, rest, dtype):
     rows = max(1, sum(sizes) + rest)
@@ -113,8 +113,8 @@ def test_what_is_not_few_rows():
     assert not is_few(9, FLOAT32) and not is_few(1, BFLOAT16)
 
 
-@pytest.mark.parametrize("T", [1, 2, 3, 16, 17, 64, 65, 150])
-@pytest.mark.parametrize("E", [5, 16])
+@pytest.mark.parametrize("T", [1, 3, 17, 150, *(pytest.param(T, marks=pytest.mark.slow) for T in (2, 16, 64, 65))])
+@pytest.mark.parametrize("E", [pytest.param(5, marks=pytest.mark.slow), 16])
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 def test_routed_experts(T, E, dtype):
     x, (ids, share) = normal((T, 24), dtype), choose(T, E, 4)
