@@ -122,7 +122,7 @@ def test_every_mesh_gives_the_same_gradients(name, at, by):
     assert abs(value - want) < 1e-5 * want
     assert metrics.keys() == want_metrics.keys()
     assert all(np.array_equal(metrics[key], want_metrics[key]) for key in ("load", "mtp_load") if key in metrics)
-    check_sums(grads, want_grads)
+    check_sums(grads, want_grads, largest=2e-4)  # without QK-norm attention is sharper: rms 3e-6, one number 8e-5
 
 
 @pytest.mark.parametrize("name", [pytest.param("all the parts", marks=pytest.mark.slow), "no experts"])
