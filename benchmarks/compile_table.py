@@ -37,6 +37,12 @@ CASES = [
     ("v6e:8x8", "glm-4.6", "expert=8,tensor=8", "ep", 64, 1, 4096),
     ("v5e:16x16", "glm-4.6", "expert=32,tensor=8", "ep", 32, 2048, 4096),
     ("v5e:16x16", "glm-4.6", "expert=32,tensor=8", "ep", 64, 1, 4096),
+    ("h100:16", "glm-4.6", "expert=8,tensor=2", "latency", 1, 2048, 4096),
+    ("h100:16", "glm-4.6", "expert=8,tensor=2", "latency", 1, 1, 4096),
+    ("v5p:2x2x4", "glm-4.6", "expert=16", "latency", 1, 2048, 4096),
+    ("v5p:2x2x4", "glm-4.6", "expert=16", "latency", 1, 1, 4096),
+    ("v5p:2x2x4", "glm-4.6", "expert=4,context=4", "long", 4, 2048, 202752),
+    ("v5p:2x2x4", "glm-4.6", "expert=4,context=4", "long", 4, 1, 202752),
 ]
 FIELDS = ("target", "model", "mesh", "rules", "rows", "tokens", "context")
 
@@ -60,7 +66,8 @@ def versions() -> dict:
             return None
 
     git = lambda *args: subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    changed = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
+    commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     return {"commit": commit} | {p: installed(p) for p in ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin")}
 
 
@@ -80,7 +87,7 @@ def row(line: dict) -> str:
     temporaries = sum(working_bytes(config, at, by, line["rows"], line["tokens"], line["slots"]).values())
     gib, off = lambda n: f"{n / 2**30:.3f}", lambda planned, got: f"{planned / got - 1:+.1%}"
     a, t, n = (line[f"{key}_bytes"] for key in ("argument", "temporary", "total"))
-    cells = [line["target"], line["model"], line["mesh"], line["step"], f"{line['rows']} x {line['tokens']}"]
+    cells = [line["target"], line["model"], line["mesh"], line["rules"], line["step"], f"{line['rows']} x {line['tokens']}"]
     cells += [gib(a), off(arguments, a), gib(t), gib(temporaries), off(temporaries, t)]
     cells += [gib(n), off(arguments + temporaries, n), f"{line['compile_s']:.0f}", line["commit"]]
     return "| " + " | ".join(cells) + " |"
@@ -109,7 +116,9 @@ def main() -> int:
         print(row(json.loads(made.stdout.strip().splitlines()[-1])), file=sys.stderr, flush=True)
     lines = [json.loads(text) for text in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     last = {tuple(line[f] for f in FIELDS): line for line in lines}
-    headings = "target|model|mesh|step|rows x tokens|arguments GiB|plan|temporaries GiB|plan GiB|off|total GiB|plan"
+    if not args.table:
+        RESULTS.write_text("".join(json.dumps(last[case]) + "\n" for case in CASES if case in last))
+    headings = "target|model|mesh|rules|step|rows x tokens|arguments GiB|plan|temporaries GiB|plan GiB|off|total GiB|plan"
     headings = f"{headings}|compiled s|commit".split("|")
     print("| " + " | ".join(headings) + " |\n|" + "---|" * len(headings))
     for case in CASES:
