@@ -87,7 +87,7 @@ def row(line: dict) -> str:
     temporaries = sum(working_bytes(config, at, by, line["rows"], line["tokens"], line["slots"]).values())
     gib, off = lambda n: f"{n / 2**30:.3f}", lambda planned, got: f"{planned / got - 1:+.1%}"
     a, t, n = (line[f"{key}_bytes"] for key in ("argument", "temporary", "total"))
-    cells = [line["target"], line["model"], line["mesh"], line["rules"], line["step"], f"{line['rows']} x {line['tokens']}"]
+    cells = [line[key] for key in ("target", "model", "mesh", "rules", "step")] + [f"{line['rows']} x {line['tokens']}"]
     cells += [gib(a), off(arguments, a), gib(t), gib(temporaries), off(temporaries, t)]
     cells += [gib(n), off(arguments + temporaries, n), f"{line['compile_s']:.0f}", line["commit"]]
     return "| " + " | ".join(cells) + " |"
@@ -118,8 +118,8 @@ def main() -> int:
     last = {tuple(line[f] for f in FIELDS): line for line in lines}
     if not args.table:
         RESULTS.write_text("".join(json.dumps(last[case]) + "\n" for case in CASES if case in last))
-    headings = "target|model|mesh|rules|step|rows x tokens|arguments GiB|plan|temporaries GiB|plan GiB|off|total GiB|plan"
-    headings = f"{headings}|compiled s|commit".split("|")
+    headings = "target|model|mesh|rules|step|rows x tokens|arguments GiB|plan|temporaries GiB|plan GiB|off".split("|")
+    headings += ["total GiB", "plan", "compiled s", "commit"]
     print("| " + " | ".join(headings) + " |\n|" + "---|" * len(headings))
     for case in CASES:
         if case in last and args.only in " ".join(map(str, case)):
