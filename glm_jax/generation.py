@@ -358,9 +358,8 @@ def _table(model: GLM, prompts) -> tuple[np.ndarray, np.ndarray]:
 def _say_padding(prompts: int, rows: int, axes: str):
     if rows > prompts and index() == 0:
         mend = "; --rules latency uses every device for one prompt" if prompts == 1 else ""
-        text = f"{prompts} prompt{'s'[: prompts > 1]} on a mesh whose {axes} take {rows} rows: "
-        text += f"{rows - prompts} of them are padding, and prompts in their place are free{mend}"
-        logging.getLogger("glm_jax").warning(text)
+        text = f"{prompts} prompt{'s'[: prompts > 1]} padded to {rows} rows for the mesh axes {axes}"
+        logging.getLogger("glm_jax").warning(f"{text}: more prompts at once cost the same{mend}")
 
 
 def _limit(model: GLM, prompt_tokens: int, max_tokens: int) -> int:

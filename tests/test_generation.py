@@ -189,8 +189,8 @@ def test_padding_is_said_once(caplog):
     for _ in range(2):
         generate_ids(model, [[1, 2, 3]], max_tokens=1)
     assert [r.getMessage() for r in caplog.records] == [
-        "1 prompt on a mesh whose data and expert take 4 rows: 3 of them are padding, and prompts in their place are "
-        "free; --rules latency uses every device for one prompt"
+        "1 prompt padded to 4 rows for the mesh axes data and expert: more prompts at once cost the same; "
+        "--rules latency uses every device for one prompt"
     ]
     generate_ids(model, [[1, 2, 3]] * 4, max_tokens=1)
     assert len(caplog.records) == 1

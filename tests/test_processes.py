@@ -97,7 +97,7 @@ def test_two_processes_answer_as_one_and_one_prints(folder, capfd):
     assert first[0] == second[0] == 0, first[2] + second[2]
     assert second[1:] == ("", "")
     chatter, numbers = r"(loading .*\n|no token yet.*\n)*", r"prompt: .*\ngeneration: .*\npeak memory: .*\n"
-    assert re.fullmatch(f"{chatter}1 prompt on a mesh .* 3 of them are padding.*\n{chatter}{numbers}", first[2])
+    assert re.fullmatch(f"{chatter}1 prompt padded to 4 rows .*\n{chatter}{numbers}", first[2])
     assert main([*map(str, argv), "--mesh", "data=1"]) == 0
     said, alone = json.loads(first[1]), json.loads(capfd.readouterr().out)
     assert said["tokens"] == alone["tokens"] and said["text"] == alone["text"]
