@@ -8,7 +8,7 @@ from glm_jax.config import Config
 from glm_jax.costs import step_cost
 from glm_jax.errors import UsageError
 from glm_jax.generation import lower_step
-from glm_jax.hlo import Collective, report
+from glm_jax.hlo import Buffer, Collective, big_buffers, report
 from glm_jax.model import GLM, PREFILL_CHUNK, axes_size, round_up
 from glm_jax.planner import GIB, cache_on_device, weight_bytes, working_bytes
 from glm_jax.sharding import Rules
@@ -37,13 +37,15 @@ class Compiled:
     memory_bytes: float
     roofline_ms: dict[str, float]
     collectives: tuple[Collective, ...]
+    buffers: tuple[Buffer, ...]  # the largest that the program makes, of 1 MiB and more: no argument is among them
 
     def to_json(self) -> dict[str, Any]:
         """Keys carry units; collectives as kind, axes, times and bytes of all times."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "collectives"}
+        lists = ("collectives", "buffers")
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in lists}
         named = ("kind", "axes", "count", "bytes")
         sums = [dict(zip(named, (*key, *value), strict=True)) for key, value in self.moved().items()]
-        return fields | {"collectives": sums}
+        return fields | {"collectives": sums, "buffers": [dataclasses.asdict(b) for b in self.buffers]}
 
     def moved(self) -> dict[tuple[str, str], tuple[int, int]]:
         """(kind, axes) -> how often, and bytes of all times."""
@@ -112,6 +114,7 @@ def compile_step(
         cost.bytes,
         {f.name: round(1e3 * getattr(cost.roofline, f.name), 4) for f in dataclasses.fields(cost.roofline)},
         tuple(got.collectives),
+        tuple(big_buffers(program, 2**20)[:8]),
     )
 
 
