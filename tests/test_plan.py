@@ -429,7 +429,7 @@ def agrees(got, held_out=False):
     assert not {b["bytes"] for b in got["buffers"]} & {layer, layer // 3, 2 * layer // 3}
     named = collections.Counter()
     for c in expected(config, at, by, rows, tokens, slots, tokens > 1):
-        named[c.kind, "*".join(c.axes)] += c.count
+        named[c.kind, "*".join(c.axes)] += c.count or 0
     for c in got["collectives"]:
         # XLA adds up before it reduces, so there may be fewer all-reduces; on a TPU it writes some sums and small
         # gathers over a group as all-reduces, or as a ring with a last permutation.
