@@ -254,14 +254,14 @@ def plan(args: argparse.Namespace) -> int:
     at: Any = args.mesh or count or 1
     planned = planner.plan(config, at, args.rules, **options)
     layout = abstract(planned.mesh, kind)
-    findings = lint(config, layout, by, args.batch, args.context, device=device, fp8=options["fp8"])
+    findings = lint(config, layout, by, args.batch, planned.context, device=device, fp8=options["fp8"])
     if args.train:  # its steps are others, whose collectives no formula has yet
         findings = [f for f in findings if f.kind not in ("moved", "hosts")]
     table, compiled = axes_table(config, layout, by, options["fp8"]), []
     if args.compile:
         from glm_jax.steps import compile_steps
 
-        compiled = compile_steps(config, planned.mesh, by, args.topology, planned.rows, args.context)
+        compiled = compile_steps(config, planned.mesh, by, args.topology, planned.rows, planned.context)
     if args.json:
         axes = [dict(zip(("axis", "mesh_axes", "size", "divides", "bytes"), row, strict=True)) for row in table]
         found = [dataclasses.asdict(f) | {"severity": f.severity} for f in findings]
@@ -348,7 +348,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--device", metavar="NAME", help="whose memory must hold it: h100, h200, b200, a100, v5p, v6e, ...")
     p.add_argument("--topology", metavar="T", help="device and number: v5p:2x2x4, v6e:8x8 (chips), h100:16")
     p.add_argument("--batch", type=int, default=1, metavar="N", help="rows at once (default 1)")
-    p.add_argument("--context", type=int, default=4096, metavar="N", help="tokens a row (default 4096)")
+    p.add_argument("--context", type=int, metavar="N", help="tokens a row (default 4096, or the model's most)")
     p.add_argument("--train", action="store_true", help="training, not generating")
     p.add_argument("--search", action="store_true", help="a table over all meshes of so many devices")
     p.add_argument("--compile", action="store_true", help="compile the steps for --topology and show XLA's own account")

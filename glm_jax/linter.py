@@ -66,7 +66,7 @@ def lint(
         return errors
     return [
         *_replicated(config, mesh, rules, batch, context, fp8),
-        *_padded(config, mesh, rules, batch, context),
+        *_padded(config, mesh, rules, batch, context, device),
         *_moved(config, mesh, rules, batch, context, tokens, device),
     ]
 
@@ -190,7 +190,7 @@ def _replicated(config: Config, mesh, rules: Rules, batch: int, context: int, fp
     return found
 
 
-def _padded(config: Config, mesh, rules: Rules, batch: int, context: int) -> list[Finding]:
+def _padded(config: Config, mesh, rules: Rules, batch: int, context: int, device) -> list[Finding]:
     found = []
     rows, slots = round_up(batch, axes_size(mesh, rules.batch)), round_up(context, axes_size(mesh, rules.slots))
     if rows != batch:
@@ -203,6 +203,8 @@ def _padded(config: Config, mesh, rules: Rules, batch: int, context: int) -> lis
     if slots != context:
         text = f"{context:,} tokens over {rules.slots}={axes_size(mesh, rules.slots)}: {slots:,} slots"
         found.append(Finding("padded", text))
+    if device and chip(device).platform != "tpu":
+        return found
     # Gate and up stand side by side as 2 F columns; `down` has F of them as its last dimension.
     for axis, name in (("expert_ffn", "moe_intermediate_size"), ("ffn", "intermediate_size")):
         local = getattr(config, name) // axes_size(mesh, getattr(rules, axis))

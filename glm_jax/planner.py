@@ -394,7 +394,7 @@ def plan(
     mesh="data=1",
     rules: "str | Rules" = "ep",
     batch: int = 1,
-    context: int = 4096,
+    context: int | None = None,
     *,
     device: str | None = None,
     train: bool = False,
@@ -404,10 +404,15 @@ def plan(
     """Bytes a device by part, the verdict for a `device` of `targets.CHIPS`, and what would fit if this does not.
 
     `mesh` as in "expert=8,tensor=2", or a number of devices: the one that `best_mesh` finds for them. Generating:
-    weights, a cache of `context` tokens for each row, and XLA's temporaries. Training (`train`): weights, gradients in
-    the weights' dtype, AdamW's float32 copy and moments, and the activations that are kept where each layer is computed
-    again in the backward pass; no cache. `fp8` counts the matrices as the published FP8 checkpoints store them. Needs
-    no devices. Raises UsageError for a mesh, rules, a batch or a context that cannot be."""
+    weights, a cache of `context` tokens for each row (default: 4096, or the model's most if that is less), and XLA's
+    temporaries. Training (`train`): weights, gradients in the weights' dtype, AdamW's float32 copy and moments, and the
+    activations that are kept where each layer is computed again in the backward pass; no cache. `fp8` counts the
+    matrices as the published FP8 checkpoints store them. Needs no devices. Raises UsageError for a mesh, rules, a batch
+    or a context that cannot be."""
+    most = config.max_position_embeddings
+    context = min(4096, most) if context is None else context
+    if context > most:
+        raise UsageError(f"--context {context}: {name} has {most} tokens at the most")
     if batch < 1 or context < 1:
         raise UsageError(f"--batch {batch} --context {context}: both must be at least 1")
     if fp8 and train:
@@ -451,7 +456,14 @@ def plan(
     )
 
 
-def search(config: Config, devices: int, rules: "str | Rules" = "ep", batch: int = 1, context: int = 4096, **options):
+def search(
+    config: Config,
+    devices: int,
+    rules: "str | Rules" = "ep",
+    batch: int = 1,
+    context: int | None = None,
+    **options,
+) -> list[Plan]:
     """A `Plan` for every mesh of so many devices that divides the model: those that fit first, and then the fastest
     step first, or where no device is named the smallest."""
     found = []

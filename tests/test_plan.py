@@ -351,6 +351,7 @@ def test_a_folder_and_a_config_are_plans_too(capfd, tmp_path):
         (("--compile",), "--compile needs --topology"),
         (("--devices", "0"), "--devices 0: at least 1"),
         (("--batch", "0"), "--batch 0 --context 4096: both must be at least 1"),
+        (("--context", "202753"), "--context 202753: glm-4.6 has 202752 tokens at the most"),
         (("--topology", "h100:8", "--device", "h100"), "one of them"),
         (("--dtype", "fp8", "--train"), "fp8 is how weights are stored"),
         (("--dtype", "int4"), "invalid choice"),
