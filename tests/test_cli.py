@@ -434,6 +434,7 @@ def test_quiet_and_the_compile_cache(folder, tmp_path):
     assert {p.name for p in tmp_path.glob("*-cache")} == entries
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_process(copy):
     wrong = spoil("truncated", copy)
     assert failed(65, "truncated by 7", tell_process("generate", "-m", wrong, "-p", "x", "--quiet"))

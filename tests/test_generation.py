@@ -83,7 +83,7 @@ def test_token_by_token_equals_the_whole(model):
     assert np.array_equal(cache.length, [12, 12])
 
 
-@pytest.mark.parametrize("cut", [1, 20])
+@pytest.mark.parametrize("cut", [pytest.param(1, marks=pytest.mark.slow), 20])
 def test_a_prompt_in_two_parts_equals_the_whole(model, cut):
     ids = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (2, 23))
     cache = model.cache(2, 32)
@@ -635,6 +635,7 @@ def test_a_prompt_and_its_steps_are_compiled_once():
     assert generation._step._cache_size() == before + 2
 
 
+@pytest.mark.slow
 def test_models_on_different_meshes_in_different_threads(single):
     models = [single, GLM(CONFIG, "expert=2,tensor=2"), single]
     want, got = generate_ids(single, PROMPTS[:2], max_tokens=6), {}

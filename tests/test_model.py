@@ -269,7 +269,7 @@ def test_attention_blocks_change_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("T", [1, 63, 150])
+@pytest.mark.parametrize("T", [1, pytest.param(63, marks=pytest.mark.slow), 150])
 def test_self_attention_is_attention_over_its_own_keys(T, kept, monkeypatch):
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))
