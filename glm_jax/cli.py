@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         args.interrupts = stack.enter_context(_interrupts(args))
         try:
             _quiet_libraries()
-            if hasattr(args, "processes"):
+            if hasattr(args, "processes"):  # inspect and plan are each machine's own affair
                 processes.start(args.coordinator, args.processes, args.process)
             if processes.count() > 1:
                 stack.enter_context(_one_of_several(args))
@@ -229,6 +229,11 @@ def plan(args: argparse.Namespace) -> int:
         raise UsageError(f"--topology {args.topology} has {count} devices, --devices says {args.devices}")
     if args.compile and not (args.topology and ":" in args.topology):
         raise UsageError("--compile needs --topology, as v5p:2x2x4 or h100:16, to compile for")
+    for flag, value in (("--search", args.search), ("--train", args.train), ("--dtype fp8", args.dtype == "fp8")):
+        if args.compile and value:
+            raise UsageError(f"--compile {flag}: what it compiles is one mesh's steps of generation, no FP8 among them")
+    if args.search and args.mesh:
+        raise UsageError(f"--search --mesh {args.mesh}: one of them")
     config, name = _config(args)
     by = rules(args.rules)
     options = {"batch": args.batch, "context": args.context, "device": device, "train": args.train}
@@ -336,15 +341,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"glm-jax {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     add = lambda verb, run, groups: _verb(verbs, verb, run, groups)
-    p = add("generate", generate, (_model_flags, _sampling_flags, _chat_flags))
+    p = add("generate", generate, (_model_flags, _process_flags, _sampling_flags, _chat_flags))
     p.add_argument("--prompt", "-p", metavar="TEXT", help="what to go on from, or to answer; - reads stdin")
     p.add_argument("--raw", action="store_true", help="no chat template: the text is the prompt")
-    p = add("chat", chat, (_model_flags, _sampling_flags, _chat_flags))
+    p = add("chat", chat, (_model_flags, _process_flags, _sampling_flags, _chat_flags))
     p = add("inspect", inspect, (_model_flags,))
     p.add_argument("path", nargs="?", help="a folder, a Hub id, or glm-4.5, glm-4.5-air, glm-4.6, glm-4.7")
     p = add("plan", plan, (_model_flags,))
     next(a for a in p._actions if a.dest == "dtype").choices = ("bfloat16", "float32", "fp8")
-    p.add_argument("--devices", type=int, metavar="N", help="so many devices, with the mesh that needs least")
+    p.add_argument("--devices", type=int, metavar="N", help="so many devices, with the mesh that load would take")
     p.add_argument("--device", metavar="NAME", help="whose memory must hold it: h100, h200, b200, a100, v5p, v6e, ...")
     p.add_argument("--topology", metavar="T", help="device and number: v5p:2x2x4, v6e:8x8 (chips), h100:16")
     p.add_argument("--batch", type=int, default=1, metavar="N", help="rows at once (default 1)")
@@ -379,6 +384,9 @@ def _model_flags(p: argparse.ArgumentParser):
     p.add_argument("--revision", help="of a Hub id: branch, tag or commit")
     p.add_argument("--token", help="for the Hub (default: the one you logged in with)")
     p.add_argument("--offline", action="store_true", help="never go to the Hub, use what is downloaded")
+
+
+def _process_flags(p: argparse.ArgumentParser):
     several = "of several processes; Slurm, Open MPI and TPU slices tell it by themselves"
     p.add_argument("--coordinator", metavar="HOST:PORT", help=f"where process 0 is, {several}")
     p.add_argument("--processes", type=int, metavar="N", help="how many there are (default 1)")

@@ -23,7 +23,9 @@ class Cost:
         return self.roofline.seconds
 
 
-def step_cost(config: Config, mesh, rules: Rules, rows: int, tokens: int, slots: int, on: Chip, fp8=False) -> Cost:
+def step_cost(
+    config: Config, mesh, rules: Rules, rows: int, tokens: int, slots: int, on: Chip, fp8=False, real=None
+) -> Cost:
     """The least that a step of `tokens` for each of `rows` takes: one token with a cache of `slots`, all full, or the
     first `tokens` of a prompt. Without the MTP layer and the choice of the next token.
 
@@ -33,13 +35,14 @@ def step_cost(config: Config, mesh, rules: Rules, rows: int, tokens: int, slots:
                 + 4 t * heads * head width * keys * layers + 2 rows * head
         bytes = the weights that are read, of the experts the expected number, E (1 - (1 - k/E)^n) of E, and the cache
 
-    each as much of it as lies on the device. keys: the slots, or on average (tokens + 1) / 2 of a prompt's own. Sent:
-    `traffic.expected`. With `fp8` the matrices have a byte a weight and are multiplied at the chip's FP8 rate."""
+    each as much of it as lies on the device. Of the rows `real` are no padding, whose tokens no expert sees. keys: the
+    slots, or on average (tokens + 1) / 2 of a prompt's own. Sent: `traffic.expected`. With `fp8` the matrices have a
+    byte a weight and are multiplied at the chip's FP8 rate."""
     c, rules = config, rules_for(mesh, rules, tokens)
     size = lambda *axes: axes_size(mesh, *axes)
     together = mesh_axes([rules.batch, rules.seq])
     t, own_rows = rows * tokens / size(rules.batch, rules.seq), rows / size(rules.batch)
-    n = t * size(*(a for a in mesh_axes([rules.experts]) if a in together))
+    n = t * size(*(a for a in mesh_axes([rules.experts]) if a in together)) * (rows if real is None else real) / rows
     D, H, E, k, L, M = (
         c.hidden_size,
         c.head_dim,

@@ -235,7 +235,8 @@ def _moved(config: Config, mesh, rules: Rules, batch: int, context: int, tokens:
 
 
 def hosts_of(mesh, axes: tuple[str, ...], host: int) -> int:
-    """On how many hosts of so many devices one group along these axes is, where devices are in the order of hosts."""
+    """On how many hosts of so many devices each a group along these axes is at the most, devices in hosts' order."""
     place = (np.arange(mesh.size) // host).reshape(tuple(mesh.shape.values()))
-    first = tuple(slice(None) if a in axes else 0 for a in mesh.shape)
-    return len(np.unique(place[first]))
+    within = [i for i, a in enumerate(mesh.shape) if a in axes]
+    groups = np.moveaxis(place, within, range(-len(within), 0)).reshape(-1, axes_size(mesh, *axes))
+    return max(len(np.unique(group)) for group in groups)

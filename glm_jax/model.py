@@ -702,6 +702,11 @@ def check_mesh(config: Config, mesh, rules: Rules) -> None:
                     f"the rules cut {what} over {axis!r} ({axis}={mesh.shape[axis]}) twice: {other}="
                     f"{getattr(rules, other)!r} and {name}={getattr(rules, name)!r}; change one of them"
                 )
+    if apart := [a for a in mesh_axes([rules.seq]) if a not in mesh_axes([rules.slots])]:
+        raise UsageError(
+            f"the rules cut sequences over {apart[0]!r} ({apart[0]}={mesh.shape[apart[0]]}) and not the cache's slots: "
+            f"seq={rules.seq!r} and slots={rules.slots!r}; name it in slots too, or in neither"
+        )
     for axis, size, name in undivided(config, mesh, rules):
         value, axes = getattr(config, name), "*".join(mesh_axes([getattr(rules, axis)]))
         fits = [str(n) for n in range(1, size + 1) if value % n == 0]

@@ -400,6 +400,7 @@ def plan(
     train: bool = False,
     fp8: bool = False,
     name: str = "the model",
+    offer: bool = True,
 ) -> Plan:
     """Bytes a device by part, the verdict for a `device` of `targets.CHIPS`, and what would fit if this does not.
 
@@ -407,8 +408,8 @@ def plan(
     weights, a cache of `context` tokens for each row (default: 4096, or the model's most if that is less), and XLA's
     temporaries. Training (`train`): weights, gradients in the weights' dtype, AdamW's float32 copy and moments, and the
     activations that are kept where each layer is computed again in the backward pass; no cache. `fp8` counts the
-    matrices as the published FP8 checkpoints store them. Needs no devices. Raises UsageError for a mesh, rules, a batch
-    or a context that cannot be."""
+    matrices as the published FP8 checkpoints store them. What would fit is worked out if `offer`. Needs no devices.
+    Raises UsageError for a mesh, rules, a batch or a context that cannot be."""
     most = config.max_position_embeddings
     context = min(4096, most) if context is None else context
     if context > most:
@@ -433,11 +434,11 @@ def plan(
     check_mesh(config, layout, by)
     rows, cost, changes = round_up(batch, axes_size(layout, by.batch)), None, ()
     held = parts(layout)
-    if memory is not None and sum(held.values()) > memory:
+    if offer and memory is not None and sum(held.values()) > memory:
         changes = tuple(_changes(config, layout, by, batch, context, train, fp8, memory, total))
     if device and not train:
         slots = round_up(context, axes_size(layout, by.slots))
-        cost = step_cost(config, layout, by, rows, 1, slots, chip(device), fp8)
+        cost = step_cost(config, layout, by, rows, 1, slots, chip(device), fp8, batch)
     return Plan(
         name,
         describe(layout),
@@ -468,7 +469,7 @@ def search(
     step first, or where no device is named the smallest."""
     found = []
     for layout in meshes(config, make_rules(rules), devices):
-        found.append(plan(config, describe(layout), rules, batch, context, **options))
+        found.append(plan(config, describe(layout), rules, batch, context, offer=False, **options))
     order = lambda p: (p.fits is False, p.cost.seconds if p.cost and p.fits else 0, p.total, p.mesh)
     return sorted(found, key=order)
 

@@ -197,7 +197,8 @@ def finish() -> None:
     import jax
 
     job = _job
-    job.send({"say": "done"})
+    if job.place.process:
+        job.send({"say": "done"})
     end = time.monotonic() + LEAVE
     for i in job.lines:
         while (said := _next(job.heard[i], end)) != "done":
@@ -205,6 +206,8 @@ def finish() -> None:
                 words = f"has not come to an end {LEAVE:.0f} s after {job.name(job.place.process)} had"
                 fail(f"{job.name(i)} {words}")
                 return
+    if job.place.process == 0:  # only now: who is told that all are done listens no more to who dies
+        job.send({"say": "done"})
     job.done = True
     jax.distributed.shutdown()  # waits for all
     for line in job.lines.values():

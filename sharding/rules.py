@@ -30,6 +30,11 @@ class Rules:
     # axes a weight is cut over those that cut nothing else of it.
     width: Axis = None
 
+    def __post_init__(self):
+        for name, axis in vars(self).items():
+            if isinstance(axis, list):  # as JSON and YAML have it
+                object.__setattr__(self, name, tuple(axis))
+
     def __call__(self, *names: str | None) -> P:
         """`rules("batch", "seq", None)` is `P(("data", "expert"), None, None)`."""
         spec: list[Axis] = [None if name in (None, "width") else getattr(self, str(name)) for name in names]

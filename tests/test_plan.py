@@ -272,6 +272,7 @@ def test_padding():
 def test_groups_over_hosts():
     at = abstract("expert=16,tensor=2")
     assert hosts_of(at, ("expert",), 8) == 4 and hosts_of(at, ("tensor",), 8) == 1
+    assert hosts_of(abstract("data=16,expert=5"), ("expert",), 8) == 2  # the first group is on one
     (text,) = said(lint(BIG, at, rules("ep"), 16, device="h100:32"), "hosts")
     assert "groups over expert=16 are on 4 hosts of 8" in text
     assert not said(lint(BIG, abstract("expert=8"), rules("ep"), 8, device="h100"), "hosts")

@@ -407,7 +407,7 @@ def test_who_does_not_come_is_named(monkeypatch):
 @pytest.mark.slow
 def test_wrong_numbers_are_refused_by_both():
     at = flags()
-    argv = [sys.executable, "-m", "glm_jax", "inspect"]
+    argv = [sys.executable, "-m", "glm_jax", "generate", "-p", "a"]
     with started(argv + at[0], argv + at[0][:2] + ["--processes", 3, "--process", 2]) as children:
         answers = ended(children, 60)
     assert [c for c, _, _ in answers] == [2, 2]

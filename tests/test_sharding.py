@@ -88,6 +88,10 @@ def test_hosts_go_one_after_the_other():
     assert [{d.process_index for d in part.flat} for part in at[0]] == [{0}, {1}]
 
 
+def test_axes_in_a_list_are_a_tuple():
+    assert Rules(batch=["data", "expert"]) == Rules() and hash(Rules(batch=["data", "expert"])) == hash(Rules())
+
+
 def test_what_is_left_of_the_width():
     by = rules("fsdp")
     assert by("experts", None, "expert_ffn", "width") == jax.P("expert", None, "tensor", ("data",))
@@ -101,6 +105,7 @@ def test_what_is_left_of_the_width():
         ({"ffn": "expert"}, r"the hidden units of an MLP over 'expert' \(expert=4\) twice: batch=.* and ffn='expert'"),
         ({"experts": "tensor"}, r"the experts' weights over 'tensor' \(tensor=2\) twice: experts=.* and expert_ffn="),
         ({"slots": "expert"}, r"the cache over 'expert' \(expert=4\) twice: batch=.* and slots='expert'"),
+        ({"seq": "context"}, r"over 'context' \(context=1\) and not the cache's slots: seq='context' and slots=None"),
         ({"heads": "model"}, "the rule heads names 'model', the mesh has data, expert, context, tensor"),
     ],
 )
