@@ -21,30 +21,33 @@ RESULTS = ROOT / "benchmarks" / "results" / "compile.jsonl"
 sys.path[:0] = [str(ROOT)]
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-# target, model, mesh, rules, rows, new tokens a row, context
-CASES = [
-    ("h100:8", "glm-4.5-air", "expert=8", "ep", 8, 2048, 4096),
-    ("h100:8", "glm-4.5-air", "expert=8", "ep", 8, 1, 4096),
-    ("h100:16", "glm-4.6", "expert=16", "ep", 16, 2048, 4096),
-    ("h100:16", "glm-4.6", "expert=16", "ep", 16, 1, 4096),
-    ("h100:16", "glm-4.6", "expert=8,tensor=2", "ep", 8, 2048, 4096),
-    ("h100:16", "glm-4.6", "expert=8,tensor=2", "ep", 8, 1, 4096),
-    ("v5e:8x8", "glm-4.5-air", "expert=16,tensor=4", "ep", 16, 2048, 4096),
-    ("v5e:8x8", "glm-4.5-air", "expert=16,tensor=4", "ep", 64, 1, 4096),
-    ("v5p:2x2x4", "glm-4.6", "expert=16", "ep", 16, 2048, 4096),
-    ("v5p:2x2x4", "glm-4.6", "expert=16", "ep", 16, 1, 4096),
-    ("v6e:8x8", "glm-4.6", "expert=8,tensor=8", "ep", 8, 2048, 4096),
-    ("v6e:8x8", "glm-4.6", "expert=8,tensor=8", "ep", 64, 1, 4096),
-    ("v5e:16x16", "glm-4.6", "expert=32,tensor=8", "ep", 32, 2048, 4096),
-    ("v5e:16x16", "glm-4.6", "expert=32,tensor=8", "ep", 64, 1, 4096),
-    ("h100:16", "glm-4.6", "expert=8,tensor=2", "latency", 1, 2048, 4096),
-    ("h100:16", "glm-4.6", "expert=8,tensor=2", "latency", 1, 1, 4096),
-    ("v5p:2x2x4", "glm-4.6", "expert=16", "latency", 1, 2048, 4096),
-    ("v5p:2x2x4", "glm-4.6", "expert=16", "latency", 1, 1, 4096),
-    ("v5p:2x2x4", "glm-4.6", "expert=4,context=4", "long", 4, 2048, 202752),
-    ("v5p:2x2x4", "glm-4.6", "expert=4,context=4", "long", 4, 1, 202752),
+# target, model, mesh, rules, rows, new tokens a row, context; and whether a prompt begins
+CASES: list[tuple] = [
+    ("h100:8", "glm-4.5-air", "expert=8", "ep", 8, 2048, 4096, True),
+    ("h100:8", "glm-4.5-air", "expert=8", "ep", 8, 1, 4096, True),
+    ("h100:16", "glm-4.6", "expert=16", "ep", 16, 2048, 4096, True),
+    ("h100:16", "glm-4.6", "expert=16", "ep", 16, 1, 4096, True),
+    ("h100:16", "glm-4.6", "expert=8,tensor=2", "ep", 8, 2048, 4096, True),
+    ("h100:16", "glm-4.6", "expert=8,tensor=2", "ep", 8, 1, 4096, True),
+    ("v5e:8x8", "glm-4.5-air", "expert=16,tensor=4", "ep", 16, 2048, 4096, True),
+    ("v5e:8x8", "glm-4.5-air", "expert=16,tensor=4", "ep", 64, 1, 4096, True),
+    ("v5p:2x2x4", "glm-4.6", "expert=16", "ep", 16, 2048, 4096, True),
+    ("v5p:2x2x4", "glm-4.6", "expert=16", "ep", 16, 1, 4096, True),
+    ("v6e:8x8", "glm-4.6", "expert=8,tensor=8", "ep", 8, 2048, 4096, True),
+    ("v6e:8x8", "glm-4.6", "expert=8,tensor=8", "ep", 64, 1, 4096, True),
+    ("v5e:16x16", "glm-4.6", "expert=32,tensor=8", "ep", 32, 2048, 4096, True),
+    ("v5e:16x16", "glm-4.6", "expert=32,tensor=8", "ep", 64, 1, 4096, True),
+    ("h100:16", "glm-4.6", "expert=8,tensor=2", "latency", 1, 2048, 4096, True),
+    ("h100:16", "glm-4.6", "expert=8,tensor=2", "latency", 1, 1, 4096, True),
+    ("v5p:2x2x4", "glm-4.6", "expert=16", "latency", 1, 2048, 4096, True),
+    ("v5p:2x2x4", "glm-4.6", "expert=16", "latency", 1, 1, 4096, True),
+    ("v5p:2x2x4", "glm-4.6", "expert=4,context=4", "long", 4, 2048, 202752, True),
+    ("v5p:2x2x4", "glm-4.6", "expert=4,context=4", "long", 4, 1, 202752, True),
+    ("h100:16", "glm-4.6", "expert=8,tensor=2", "ep", 8, 2048, 32768, False),
+    ("h100:64", "glm-4.6", "context=8,tensor=8", "long", 1, 2048, 202752, False),
+    ("v5p:2x2x4", "glm-4.6", "expert=4,context=4", "long", 4, 2048, 202752, False),
 ]
-FIELDS = ("target", "model", "mesh", "rules", "rows", "tokens", "context")
+FIELDS = ("target", "model", "mesh", "rules", "rows", "tokens", "context", "fresh")
 
 
 def compiled(case) -> dict:
@@ -53,8 +56,8 @@ def compiled(case) -> dict:
     from glm_jax.sharding import rules
     from glm_jax.steps import compile_step
 
-    target, model, mesh, by, rows, tokens, context = case
-    step = compile_step(preset(model), mesh, rules(by), target, rows, tokens, context)
+    target, model, mesh, by, rows, tokens, context, fresh = case
+    step = compile_step(preset(model), mesh, rules(by), target, rows, tokens, context, fresh)
     return dict(zip(FIELDS, case, strict=True)) | step.to_json() | versions()
 
 
@@ -84,7 +87,9 @@ def row(line: dict) -> str:
     at, by = abstract(line["mesh"], chip(line["target"]).kind), rules(line["rules"])
     arguments = sum(weight_bytes(config, at, by).values())
     arguments += cache_on_device(config, at, by, line["rows"], line["slots"])
-    temporaries = sum(working_bytes(config, at, by, line["rows"], line["tokens"], line["slots"]).values())
+    temporaries = sum(
+        working_bytes(config, at, by, line["rows"], line["tokens"], line["slots"], line["fresh"]).values()
+    )
     gib, off = lambda n: f"{n / 2**30:.3f}", lambda planned, got: f"{planned / got - 1:+.1%}"
     a, t, n = (line[f"{key}_bytes"] for key in ("argument", "temporary", "total"))
     cells = [line[key] for key in ("target", "model", "mesh", "rules", "step")] + [f"{line['rows']} x {line['tokens']}"]

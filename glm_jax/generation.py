@@ -264,10 +264,11 @@ def _step(model: GLM, cache: Cache, seen, ids, advance, ends, token, logprob, sa
     return token, logprob, longer, seen
 
 
-def lower_step(model: GLM, rows: int, tokens: int, slots: int, platform: str | None = None):
+def lower_step(model: GLM, rows: int, tokens: int, slots: int, platform: str | None = None, fresh: bool = True):
     """The step for `rows` rows of `tokens` new tokens each and a cache of `slots`, lowered and not run: for what XLA
-    makes of it. The model may be abstract and its devices a description. More than one token is a prompt's first part.
-    Without the choice of the token, whose sort of the vocabulary takes a TPU's compiler longer than all the rest."""
+    makes of it. The model may be abstract and its devices a description. More than one token is a prompt's first part,
+    or if not `fresh` a later one. Without the choice of the token, whose sort of the vocabulary takes a TPU's compiler
+    longer than all the rest."""
 
     def place(dtype, shape, *axes):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(model.mesh, model.rules(*axes)))
@@ -280,7 +281,7 @@ def lower_step(model: GLM, rows: int, tokens: int, slots: int, platform: str | N
     graph, state = nnx.split(model)
     step = jax.jit(in_mesh(_next_logits), static_argnums=(0, 5), donate_argnums=2)
     traced = step.trace(
-        graph, state, Cache(kv, kv, row), place(np.int32, (rows, tokens), "batch", None), row, tokens > 1
+        graph, state, Cache(kv, kv, row), place(np.int32, (rows, tokens), "batch", None), row, fresh and tokens > 1
     )
     return traced.lower(lowering_platforms=(platform,) if platform else None)
 

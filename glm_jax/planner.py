@@ -108,20 +108,25 @@ def _kind(name: str) -> str:
     return "attention" if ".attn." in name else "norms and routers"
 
 
-def working_bytes(config: Config, mesh, rules: Rules, rows: int, tokens: int, slots: int) -> dict[str, int]:
+def working_bytes(
+    config: Config, mesh, rules: Rules, rows: int, tokens: int, slots: int, fresh: bool = True
+) -> dict[str, int]:
     """Bytes of XLA's temporaries on one device in a step of `tokens` for each of `rows`, by what they are, at the point
-    where they are most. The terms are buffers of the compiled program, and how many of a kind XLA holds at once differs
-    between TPU and GPU; where the mesh does not say what its devices are, it is the one that holds more. docs/plan.md
-    has the formula, and benchmarks/compile_table.py sets it beside XLA's account."""
+    where they are most; of several tokens a prompt's first part, or a later one if not `fresh`. The terms are buffers
+    of the compiled program, and how many of a kind XLA holds at once differs between TPU and GPU; where the mesh does
+    not say what its devices are, it is the one that holds more. docs/plan.md has the formula, and
+    benchmarks/compile_table.py sets it beside XLA's account."""
     kind = device_kind(mesh)
     tpu = kind.startswith("TPU")
     if kind in ("", "cpu"):
-        both = (_working_bytes(config, mesh, rules, rows, tokens, slots, tpu) for tpu in (False, True))
+        both = (_working_bytes(config, mesh, rules, rows, tokens, slots, fresh, tpu) for tpu in (False, True))
         return max(both, key=lambda terms: sum(terms.values()))
-    return _working_bytes(config, mesh, rules, rows, tokens, slots, tpu)
+    return _working_bytes(config, mesh, rules, rows, tokens, slots, fresh, tpu)
 
 
-def _working_bytes(config: Config, mesh, rules: Rules, rows: int, tokens: int, slots: int, tpu: bool) -> dict[str, int]:
+def _working_bytes(
+    config: Config, mesh, rules: Rules, rows: int, tokens: int, slots: int, fresh: bool, tpu: bool
+) -> dict[str, int]:
     c, wide = config, config.dtype.itemsize
     rules = rules_for(mesh, rules, tokens)
     size = lambda *axes: axes_size(mesh, *axes)
@@ -131,10 +136,14 @@ def _working_bytes(config: Config, mesh, rules: Rules, rows: int, tokens: int, s
     held = lambda *slices: sum(n for n in slices if not tpu or n > ON_CHIP)
     one = D * N * c.head_dim * wide  # a layer's q, or its o, out of their stack
     # Attention. Of a prompt, queries, their rotation and the result, and scores in float32 and as they are multiplied
-    # by the values; of one token, the layer's keys or its values out of the cache, one after the other, and its scores.
+    # by the values: of its first part with its own keys, of a later one with all slots. Of one token, the layer's keys
+    # or its values out of the cache, one after the other, and its scores.
     if T > 1:
-        _, block = attention_blocks(B, T, N, slots)
-        scores = B * N * block * min(slots, tokens) * (4 + wide)
+        asked, keys = T, tokens
+        if not fresh:  # where sequences and slots are cut alike, each device answers the queries of all
+            asked, keys = T * size(rules.seq), slots // size(rules.slots)
+        _, block = attention_blocks(B, asked, N, keys)
+        scores = B * N * block * keys * (4 + wide)
         attention = {"queries and heads' outputs": 3 * B * T * N * c.head_dim * wide, "scores of a block": scores}
     else:
         own_slots, kv = slots // size(rules.slots), cached_heads(c, mesh, rules) // size(rules.heads)
@@ -160,9 +169,10 @@ def _working_bytes(config: Config, mesh, rules: Rules, rows: int, tokens: int, s
 
 
 def _temporaries(config: Config, mesh, rules: Rules, rows: int, slots: int) -> dict[str, int]:
-    """Of the step of generation that needs more: a prompt's first part, or one token with a full cache."""
-    steps = (working_bytes(config, mesh, rules, rows, tokens, slots) for tokens in (min(slots, PREFILL_CHUNK), 1))
-    return max(steps, key=lambda terms: sum(terms.values()))
+    """Of the step of generation that needs most: a prompt's first part, its last, or one token with a full cache."""
+    steps = [(min(slots, PREFILL_CHUNK), True), (1, False)] + [(PREFILL_CHUNK, False)] * (slots > PREFILL_CHUNK)
+    needed = (working_bytes(config, mesh, rules, rows, tokens, slots, fresh) for tokens, fresh in steps)
+    return max(needed, key=lambda terms: sum(terms.values()))
 
 
 def device_bytes(device) -> int:

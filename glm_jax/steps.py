@@ -77,7 +77,7 @@ class Compiled:
 
 
 def compile_step(
-    config: Config, mesh: str, rules: Rules, target: str, rows: int, tokens: int, context: int
+    config: Config, mesh: str, rules: Rules, target: str, rows: int, tokens: int, context: int, fresh: bool = True
 ) -> Compiled:
     """The step of `tokens` for each of `rows` (made a multiple of the mesh's), with a cache of `context`, for a
     `target` as "v5p:2x2x4" or "h100:16". Without the MTP layer, which generation does not run.
@@ -90,14 +90,14 @@ def compile_step(
     rows = round_up(rows, axes_size(model.mesh, model.rules.batch))
     slots = round_up(context, axes_size(model.mesh, model.rules.slots))
     began = time.perf_counter()
-    program = lower_step(model, rows, tokens, slots, platform(target)).compile()
+    program = lower_step(model, rows, tokens, slots, platform(target), fresh).compile()
     seconds, got = time.perf_counter() - began, report(program, model.mesh)
     cost = step_cost(config, model.mesh, model.rules, rows, tokens, slots, chip(target))
     arguments = sum(weight_bytes(config, model.mesh, model.rules).values())
     arguments += cache_on_device(config, model.mesh, model.rules, rows, slots)
-    temporaries = sum(working_bytes(config, model.mesh, model.rules, rows, tokens, slots).values())
+    temporaries = sum(working_bytes(config, model.mesh, model.rules, rows, tokens, slots, fresh).values())
     return Compiled(
-        "decode" if tokens == 1 else "prefill",
+        "decode" if tokens == 1 else "prefill" if fresh else "prefill, later part",
         rows,
         tokens,
         slots,

@@ -418,10 +418,10 @@ def agrees(got, held_out=False):
     and no buffer has the size of these or of their gate_up or down. No collective that the formula lacks."""
     config = dataclasses.replace(preset(got["model"]), num_nextn_predict_layers=0)
     at, by = abstract(got["mesh"], chip(got["target"]).kind), rules(got["rules"])
-    rows, tokens, slots = (got[key] for key in ("rows", "tokens", "slots"))
+    rows, tokens, slots, fresh = (got[key] for key in ("rows", "tokens", "slots", "fresh"))
     weights = weight_bytes(config, at, by)
     arguments = sum(weights.values()) + cache_on_device(config, at, by, rows, slots)
-    temporaries = sum(working_bytes(config, at, by, rows, tokens, slots).values())
+    temporaries = sum(working_bytes(config, at, by, rows, tokens, slots, fresh).values())
     assert abs(arguments - got["argument_bytes"]) < 0.01 * got["argument_bytes"]
     assert held_out or abs(temporaries - got["temporary_bytes"]) < max(0.15 * got["temporary_bytes"], LEAST)
     assert abs(arguments + temporaries - got["total_bytes"]) < 0.05 * got["total_bytes"]
@@ -430,7 +430,7 @@ def agrees(got, held_out=False):
         assert got["temporary_bytes"] < layer
     assert not {b["bytes"] for b in got["buffers"]} & {layer, layer // 3, 2 * layer // 3}
     named = collections.Counter()
-    for c in expected(config, at, by, rows, tokens, slots, tokens > 1):
+    for c in expected(config, at, by, rows, tokens, slots, fresh and tokens > 1):
         named[c.kind, "*".join(c.axes)] += c.count or 0
     for c in got["collectives"]:
         # XLA adds up before it reduces, so there may be fewer all-reduces; on a TPU it writes some sums and small
