@@ -24,10 +24,11 @@ class Cost:
 
 
 def step_cost(
-    config: Config, mesh, rules: Rules, rows: int, tokens: int, slots: int, on: Chip, fp8=False, real=None
+    config: Config, mesh, rules: Rules, rows: int, tokens: int, slots: int, on: Chip, fp8=False, real=None, fresh=True
 ) -> Cost:
     """The least that a step of `tokens` for each of `rows` takes: one token with a cache of `slots`, all full, or the
-    first `tokens` of a prompt. Without the MTP layer and the choice of the next token.
+    first `tokens` of a prompt, or if not `fresh` its last with a full cache. Without the MTP layer and the choice of the
+    next token.
 
     A device has t = rows * tokens / (batch * seq) tokens, and its experts see those of the whole group, n = t * g.
 
@@ -56,13 +57,15 @@ def step_cost(
     inner = c.dense_layers * c.intermediate_size + M * c.n_shared_experts * c.moe_intermediate_size
     shared, router, head = 3 * inner * D / size(rules.ffn), M * E * D, c.vocab_size * D / size(rules.vocab)
     experts = M * E / size(rules.experts) * 3 * c.moe_intermediate_size * D / size(rules.expert_ffn)
-    keys = slots / size(rules.slots) if tokens == 1 else (tokens + 1) / 2
+    full = tokens == 1 or not fresh
+    # A device has the queries of all tokens along its slots' axes, each for its own share of the slots.
+    keys = slots / size(rules.slots) * size(rules.seq) if full else (tokens + 1) / 2
     touched = 1 - (1 - k / E) ** n if M else 0
     flops = 2 * t * (attention + shared + router) + 2 * n * k / E * experts + 4 * t * N * H * keys * L
     flops += 2 * own_rows * head
     wide = c.dtype.itemsize
     read = (1 if fp8 else wide) * (attention + shared + touched * experts) + wide * (router + head)
-    read += own_rows * (slots / size(rules.slots) if tokens == 1 else tokens) * 2 * L * kv * H * wide
+    read += own_rows * (slots / size(rules.slots) if full else tokens) * 2 * L * kv * H * wide
     on = dataclasses.replace(on, bf16=on.fp8) if fp8 else on
-    sent = expected(c, mesh, rules, rows, tokens, slots, tokens > 1)
+    sent = expected(c, mesh, rules, rows, tokens, slots, not full)
     return Cost(flops, read, roofline(flops, read, sent, on, mesh))

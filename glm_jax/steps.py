@@ -20,7 +20,7 @@ from glm_jax.targets import chip, platform, topology
 class Compiled:
     """One step as XLA compiled it and as the plan has it: bytes on one device."""
 
-    step: str  # "prefill" or "decode"
+    step: str  # "prefill", "prefill, later part" or "decode"
     rows: int
     tokens: int  # new ones of each row
     slots: int
@@ -80,7 +80,8 @@ def compile_step(
     config: Config, mesh: str, rules: Rules, target: str, rows: int, tokens: int, context: int, fresh: bool = True
 ) -> Compiled:
     """The step of `tokens` for each of `rows` (made a multiple of the mesh's), with a cache of `context`, for a
-    `target` as "v5p:2x2x4" or "h100:16". Without the MTP layer, which generation does not run.
+    `target` as "v5p:2x2x4" or "h100:16"; of several tokens a prompt's first part, or a later one if not `fresh`.
+    Without the MTP layer, which generation does not run.
 
     Raises UsageError without a target's size, or where what compiles for it is not installed."""
     if ":" not in target:
@@ -92,7 +93,7 @@ def compile_step(
     began = time.perf_counter()
     program = lower_step(model, rows, tokens, slots, platform(target), fresh).compile()
     seconds, got = time.perf_counter() - began, report(program, model.mesh)
-    cost = step_cost(config, model.mesh, model.rules, rows, tokens, slots, chip(target))
+    cost = step_cost(config, model.mesh, model.rules, rows, tokens, slots, chip(target), fresh=fresh)
     arguments = sum(weight_bytes(config, model.mesh, model.rules).values())
     arguments += cache_on_device(config, model.mesh, model.rules, rows, slots)
     temporaries = sum(working_bytes(config, model.mesh, model.rules, rows, tokens, slots, fresh).values())
@@ -119,7 +120,8 @@ def compile_step(
 
 
 def compile_steps(config: Config, mesh: str, rules: Rules, target: str, rows: int, context: int) -> list[Compiled]:
-    """The first part of a prompt, and one token with a cache of `context`."""
-    return [
-        compile_step(config, mesh, rules, target, rows, tokens, context) for tokens in (min(context, PREFILL_CHUNK), 1)
-    ]
+    """The first part of a prompt, a later part if `context` has room for one, and one token."""
+    steps = [(min(context, PREFILL_CHUNK), True), (PREFILL_CHUNK, False), (1, True)]
+    if context <= PREFILL_CHUNK:
+        del steps[1]
+    return [compile_step(config, mesh, rules, target, rows, tokens, context, fresh) for tokens, fresh in steps]

@@ -457,7 +457,6 @@ def test_the_plan_agrees_with_all_that_was_compiled():
     assert [tuple(line[field] for field in FIELDS) for line in lines] == CASES
     for line in lines:
         agrees(line, held_out=line["rules"] != "ep")
-        assert line["compile_s"] < 60
 
 
 # ---- docs/plan.md
