@@ -27,8 +27,8 @@ def step_cost(
     config: Config, mesh, rules: Rules, rows: int, tokens: int, slots: int, on: Chip, fp8=False, real=None, fresh=True
 ) -> Cost:
     """The least that a step of `tokens` for each of `rows` takes: one token with a cache of `slots`, all full, or the
-    first `tokens` of a prompt, or if not `fresh` its last with a full cache. Without the MTP layer and the choice of the
-    next token.
+    first `tokens` of a prompt, or if not `fresh` its last with a full cache. Without the MTP layer and the choice of
+    the next token.
 
     A device has t = rows * tokens / (batch * seq) tokens, and its experts see those of the whole group, n = t * g.
 
