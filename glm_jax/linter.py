@@ -185,7 +185,7 @@ def _replicated(config: Config, mesh, rules: Rules, batch: int, context: int, fp
     chunk = min(context, PREFILL_CHUNK)
     if rules.seq and rules_for(mesh, rules, chunk).seq is None:
         size = axes_size(mesh, rules.seq)
-        mend = f"a --context of a multiple of {size}"
+        mend = f"a --context of a multiple of {size}" if chunk < PREFILL_CHUNK else ""
         add(f"a prompt's part of {chunk} tokens is no multiple of {rules.seq}={size}: every device has it all", 0, mend)
     return found
 
