@@ -163,7 +163,10 @@ def main() -> int:
     path = ROOT / "benchmarks/results/every_mesh.jsonl"
     path.write_text("".join(json.dumps(about | line) + "\n" for line in lines))
     right = all(
-        line["tokens_equal"] and line.get("load_equal", True) and max(line["logits_rms"], line["gradients_rms"]) < 1e-5
+        line["tokens_equal"]
+        and line.get("load_equal", True)
+        and all(read < line["bytes"] for read in line.get("bytes_read", ()))
+        and max(line["logits_rms"], line["gradients_rms"]) < 1e-5
         for line in lines
     )
     print(

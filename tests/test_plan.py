@@ -406,7 +406,7 @@ def test_the_kind_of_device_is_known_to_the_dispatch():
 # ---- against XLA: what no accelerator is needed for, but its compiler
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from compile_table import CASES, FIELDS  # noqa: E402 # pyright: ignore[reportMissingImports]
+from compile_table import CASES, FIELDS, row  # noqa: E402 # pyright: ignore[reportMissingImports]
 
 QUICK = [0, 3, 11]  # a prompt on H100s, a token on two hosts of them and on a v6e pod; benchmarks/ has the rest
 LEAST = 4 * 2**20  # bytes by which temporaries may be off however few they are
@@ -474,6 +474,11 @@ def test_the_page_shows_what_is_printed(command, shown, capfd):
     printed = [" ".join(line.split()) for line in out.splitlines()]
     for line in filter(None, (" ".join(line.split()) for line in shown.splitlines())):
         assert line == "..." or line in printed, line
+
+
+def test_the_page_has_the_table_of_compiled_steps():
+    lines = (ROOT / "benchmarks/results/compile.jsonl").read_text().splitlines()
+    assert all(row(json.loads(line)) in DOC for line in lines)
 
 
 def test_the_page_has_commands():

@@ -226,11 +226,14 @@ def totals(found):
 
 CASES = [
     ("expert=2,tensor=2", "ep", 16),
+    ("expert=2,tensor=2", "ep", 8),
     ("data=2,expert=2,tensor=2", "ep", 16),
+    ("data=2,expert=2,tensor=2", "ep", 8),
     ("expert=4,tensor=2", "latency", 16),
     ("expert=4,tensor=2", "latency", 1),
     ("tensor=4", "tp", 16),
     ("tensor=4", "tp", 1),
+    ("context=2,tensor=2", "long", 16),
     ("context=2,tensor=2", "long", 8),
     ("expert=2,context=2", "long", 16),
     ("expert=2,context=2", "long", 8),
