@@ -229,15 +229,15 @@ def plan(args: argparse.Namespace) -> int:
         raise UsageError(f"--topology {args.topology} has {count} devices, --devices says {args.devices}")
     if args.compile and not (args.topology and ":" in args.topology):
         raise UsageError("--compile needs --topology, as v5p:2x2x4 or h100:16, to compile for")
-    for flag, value in (("--search", args.search), ("--train", args.train), ("--dtype fp8", args.dtype == "fp8")):
-        if args.compile and value:
-            raise UsageError(f"--compile {flag}: what it compiles is one mesh's steps of generation, no FP8 among them")
     if args.search and args.mesh:
         raise UsageError(f"--search --mesh {args.mesh}: one of them")
-    config, name = _config(args)
+    config, name, fp8 = _config(args)
+    for flag, value in (("--search", args.search), ("--train", args.train), (f"of {name} in FP8", fp8)):
+        if args.compile and value:
+            raise UsageError(f"--compile {flag}: what it compiles is one mesh's steps of generation, no FP8 among them")
     by = rules(args.rules)
     options = {"batch": args.batch, "context": args.context, "device": device, "train": args.train}
-    options |= {"fp8": args.dtype == "fp8", "name": name}
+    options |= {"fp8": fp8, "name": name}
     if args.search:
         if not count:
             raise UsageError("--search needs --devices N, or a --topology that says how many")
@@ -259,10 +259,10 @@ def plan(args: argparse.Namespace) -> int:
     at: Any = args.mesh or count or 1
     planned = planner.plan(config, at, args.rules, **options)
     layout = abstract(planned.mesh, kind)
-    findings = lint(config, layout, by, args.batch, planned.context, device=device, fp8=options["fp8"])
+    findings = lint(config, layout, by, args.batch, planned.context, device=device, fp8=fp8)
     if args.train:  # its steps are others, whose collectives no formula has yet
         findings = [f for f in findings if f.kind not in ("moved", "hosts")]
-    table, compiled = axes_table(config, layout, by, options["fp8"]), []
+    table, compiled = axes_table(config, layout, by, fp8), []
     if args.compile:
         from glm_jax.steps import compile_steps
 
@@ -308,23 +308,35 @@ def _table(headings, rows) -> None:
 
 
 def _config(args: argparse.Namespace):
-    """The Config that --model names, a preset, a folder, a config.json or a Hub id, with --dtype and --layers; and its
-    name."""
+    """The Config that --model names, a preset, a folder, a config.json or a Hub id, with --dtype and --layers; its
+    name; and whether it is in FP8, as stored or by --dtype."""
     import jax
 
     from glm_jax.config import PRESETS, Config, preset
     from glm_jax.convert.hub import fetch
-    from glm_jax.loading import DEMO, read_config
+    from glm_jax.loading import DEMO, quantization, read_config
     from glm_jax.planner import first_layers
 
     name = args.model or str(DEMO)
     dtype, path = None if args.dtype == "fp8" else args.dtype, Path(name).expanduser()
     if not path.is_file() and (path.exists() or name.lower() not in PRESETS):
-        folder = fetch(name, **{key: getattr(args, key) for key in ("revision", "token", "offline")})
-        return read_config(folder, dtype, args.layers)[0], name if args.model else "the demo model"
-    config = Config.read(path) if path.is_file() else preset(name)
+        path = fetch(name, **{key: getattr(args, key) for key in ("revision", "token", "offline")})
+    config = Config.read(path) if path.exists() else preset(name)
+    stored = quantization(path) if path.exists() else None
+    if path.is_dir() and stored is None:  # the folder's index has more to say
+        config = read_config(path, dtype, args.layers)[0]
+        return config, name if args.model else "the demo model", args.dtype == "fp8"
+    fp8 = args.dtype == "fp8" or args.dtype is None and _is_fp8(stored)
+    if stored is not None and args.dtype is None and not fp8:
+        raise UsageError(f"{path}: quantised, and not to FP8, which is what a plan knows: give the --dtype to plan for")
     config = dataclasses.replace(config, dtype=jax.numpy.dtype(dtype)) if dtype else config
-    return (first_layers(config, args.layers) if args.layers is not None else config), name
+    return (first_layers(config, args.layers) if args.layers is not None else config), name, fp8
+
+
+def _is_fp8(quantization: Any) -> bool:
+    """Of config.json's quantization_config: the two forms in which GLM's FP8 checkpoints are published."""
+    said = quantization if isinstance(quantization, dict) else {}
+    return said.get("quant_method") == "fp8" or said.get("format") == "float-quantized"
 
 
 class _Parser(argparse.ArgumentParser):

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
+from glm_jax.sharding import across
 from glm_jax.targets import Chip
 
 WIDTHS = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
@@ -38,6 +40,7 @@ class Collective:
     source: str = ""
     dtype: str = dataclasses.field(default="", compare=False)  # a formula of the traffic knows neither
     shape: tuple[int, ...] = dataclasses.field(default=(), compare=False)
+    sent: int | None = dataclasses.field(default=None, compare=False)  # by a device, where `bytes` do not say it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +117,11 @@ def collectives(compiled, mesh) -> list[Collective]:
 
 def sent_bytes(c: Collective, mesh) -> float:
     """Bytes that one device sends each time, round a ring of the n devices of its group: (n-1)/n of `c.bytes`, twice
-    that for an all-reduce (a reduce-scatter and an all-gather), all of it for a permute. Of a ragged all-to-all this is
-    a bound: how much is really sent depends on the routing. So it is where the axes are not known: n is then taken to
-    be large."""
+    that for an all-reduce (a reduce-scatter and an all-gather), all of it for a permute; or `c.sent` where that is
+    known. Of a ragged all-to-all without it this is a bound: how much is really sent depends on the routing. So it is
+    where the axes are not known: n is then taken to be large."""
+    if c.sent is not None:
+        return c.sent
     share = 1.0 if c.axes == UNKNOWN else 1 - 1 / math.prod(mesh.shape[a] for a in c.axes)
     if c.kind == "collective-permute":
         share = 1.0
@@ -131,9 +136,9 @@ def roofline(flops: float, hbm_bytes: float, collectives: list[Collective], chip
         network = sum of count * sent_bytes / (chip.network if the group leaves the host or slice, else chip.link)
 
     and the largest of them, which is to say that the three overlap. `flops` and `hbm_bytes` are one device's. A
-    collective that runs an unknown number of times counts once. GPUs are taken to lie on their hosts in the order of
-    the mesh; a TPU group leaves its slice only if the mesh's devices say that they are of several."""
-    place = _places(chip, mesh)
+    collective that runs an unknown number of times counts once. Where the devices lie is as in `places`. Of a group
+    that leaves its host every byte counts as sent by one device's own adapter."""
+    place = places(chip, mesh)
     network = 0.0
     for c in collectives:
         rate = chip.network if _leaves(c.axes, place, mesh) else chip.link
@@ -141,14 +146,18 @@ def roofline(flops: float, hbm_bytes: float, collectives: list[Collective], chip
     return Roofline(flops / chip.bf16, hbm_bytes / chip.bandwidth, network)
 
 
-def _places(chip: Chip, mesh) -> np.ndarray:
-    """The number of the host of each GPU, of the slice of each TPU, in the mesh's shape."""
+def places(chip: Chip, mesh) -> np.ndarray:
+    """The number of the host of each GPU, of the slice of each TPU, in the mesh's shape. GPUs are taken to lie on their
+    hosts in the order of the mesh; TPUs in the slices that they say, or without devices in `chip.slices` as
+    `sharding.mesh` would lay them."""
     shape = tuple(mesh.shape.values())
     if chip.platform != "tpu":
         return (np.arange(math.prod(shape)) // chip.host).reshape(shape)
-    devices = getattr(mesh, "devices", None) if type(mesh).__name__ == "Mesh" else None
-    slices = [0] * math.prod(shape) if devices is None else [getattr(d, "slice_index", 0) or 0 for d in devices.flat]
-    return np.asarray(slices).reshape(shape)
+    if isinstance(mesh, Mesh):
+        return np.asarray([getattr(d, "slice_index", 0) or 0 for d in mesh.devices.flat]).reshape(shape)
+    between = across(dict(mesh.shape), chip.slices)
+    block = [i // (n // m) for i, n, m in zip(np.indices(shape), shape, between, strict=True)]
+    return np.asarray(np.ravel_multi_index(block, between))
 
 
 def _leaves(axes: tuple[str, ...], place: np.ndarray, mesh) -> bool:

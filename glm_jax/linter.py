@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from glm_jax.config import Config
-from glm_jax.hlo import sent_bytes
+from glm_jax.hlo import places, sent_bytes
 from glm_jax.model import (
     DIMENSIONS,
     GLM,
@@ -22,7 +22,7 @@ from glm_jax.model import (
 )
 from glm_jax.planner import cache_on_device, held_bytes, meshes
 from glm_jax.sharding import Rules, describe, mesh_axes
-from glm_jax.targets import GIB, chip
+from glm_jax.targets import GIB, Chip, chip
 from glm_jax.traffic import expected
 
 LANES = 128  # of a TPU: what its tiles are wide
@@ -31,7 +31,8 @@ LANES = 128  # of a TPU: what its tiles are wide
 @dataclasses.dataclass(frozen=True)
 class Finding:
     """`kind`: "error" (the model cannot be made so), "replicated" (devices hold or do the same), "padded" (some of what
-    they hold or do is for nothing), "hosts" (a group of devices talks between hosts), or "moved" (a collective)."""
+    they hold or do is for nothing), "hosts" (a group of devices talks between hosts or TPU slices), or "moved" (a
+    collective)."""
 
     kind: str
     text: str
@@ -183,7 +184,16 @@ def _replicated(config: Config, mesh, rules: Rules, batch: int, context: int, fp
         text = f"the cache, and attention's work, are the same on all {n} devices along {' and '.join(idle)}"
         add(text, on_device * (n - 1) // n, f"rules that cut batch, heads or slots over {' and '.join(idle)}")
     chunk = min(context, PREFILL_CHUNK)
-    if rules.seq and rules_for(mesh, rules, chunk).seq is None:
+    cut = rules_for(mesh, rules, chunk)
+    wide, B, T = config.dtype.itemsize, rows // axes_size(mesh, rules.batch), chunk // axes_size(mesh, cut.seq)
+    for what, held, by in (
+        (f"the states between layers, of a prompt's {chunk:,} tokens", B * T * config.hidden_size * wide, cut.seq),
+        ("the next token's logits, and which ids a row has seen", B * config.vocab_size * (wide + 1), None),
+    ):
+        same = [a for a in mesh.shape if mesh.shape[a] > 1 and a not in mesh_axes([rules.batch, by])]
+        if n := axes_size(mesh, *same) - 1:
+            add(f"{what}: the same on all {n + 1} devices along {' and '.join(same)}", held * n // (n + 1))
+    if rules.seq and cut.seq is None:
         size = axes_size(mesh, rules.seq)
         mend = f"a --context of a multiple of {size}" if chunk < PREFILL_CHUNK else ""
         add(f"a prompt's part of {chunk} tokens is no multiple of {rules.seq}={size}: every device has it all", 0, mend)
@@ -226,17 +236,20 @@ def _moved(config: Config, mesh, rules: Rules, batch: int, context: int, tokens:
         sent[c.axes] = sent.get(c.axes, 0) + size
         found.append(Finding("moved", text, size, size * mesh.size))
     hosts = []
-    for axes, size in sent.items() if device and chip(device).platform == "cuda" else ():
-        if (n := hosts_of(mesh, axes, chip(device).host)) > 1:
-            text = f"groups over {'*'.join(axes)}={axes_size(mesh, *axes)} are on {n} hosts of {chip(device).host}"
-            mend = f"inside a host are groups of up to {chip(device).host} of the innermost axes"
+    for axes, size in sent.items() if device else ():
+        on = chip(device)
+        if (n := hosts_of(mesh, axes, on)) > 1:
+            text = f"groups over {'*'.join(axes)}={axes_size(mesh, *axes)} are on {n} "
+            each = on.host if on.platform == "cuda" else mesh.size // on.slices
+            text += f"hosts of {each}" if on.platform == "cuda" else f"slices of {each}"
+            mend = f"inside a {'host' if on.platform == 'cuda' else 'slice'} are groups of up to {each} of the "
+            mend += "innermost axes"
             hosts.append(Finding("hosts", f"{text}: a step sends over the network", size, size * mesh.size, mend))
     return hosts + found
 
 
-def hosts_of(mesh, axes: tuple[str, ...], host: int) -> int:
-    """On how many hosts of so many devices each a group along these axes is at the most, devices in hosts' order."""
-    place = (np.arange(mesh.size) // host).reshape(tuple(mesh.shape.values()))
+def hosts_of(mesh, axes: tuple[str, ...], on: Chip) -> int:
+    """On how many hosts of GPUs, or slices of TPUs, a group along these axes is at the most."""
     within = [i for i, a in enumerate(mesh.shape) if a in axes]
-    groups = np.moveaxis(place, within, range(-len(within), 0)).reshape(-1, axes_size(mesh, *axes))
+    groups = np.moveaxis(places(on, mesh), within, range(-len(within), 0)).reshape(-1, axes_size(mesh, *axes))
     return max(len(np.unique(group)) for group in groups)

@@ -133,8 +133,7 @@ def read_config(
     wanted, by name. Reads no weights' file."""
     if folder.is_file():
         raise BadInput(f"{folder}: this is a file; give the folder that holds the checkpoint")
-    config = Config.read(folder)
-    quantised = read_json(folder / "config.json").get("quantization_config")
+    config, quantised = Config.read(folder), quantization(folder)
     if quantised is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise BadInput(
@@ -154,6 +153,11 @@ def read_config(
         config = hf.without_missing_mtp(config, indexed, folder)
         hf.check(config, dict.fromkeys(indexed), folder)
     return config, indexed, wanted
+
+
+def quantization(path: Path) -> Any:
+    """What a folder's config.json, or this file, says of weights that are stored quantised; None of others."""
+    return read_json(path / "config.json" if path.is_dir() else path).get("quantization_config")
 
 
 def _stop_ids(folder: Path, config: Config) -> tuple[int, ...]:

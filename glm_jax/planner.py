@@ -27,7 +27,7 @@ from glm_jax.model import (
     rules_for,
     weight_path,
 )
-from glm_jax.sharding import PRESETS, Rules, abstract, describe, device_kind, mesh_axes
+from glm_jax.sharding import PRESETS, Rules, abstract, across, describe, device_kind, mesh_axes
 from glm_jax.sharding import mesh as make_mesh
 from glm_jax.sharding import rules as make_rules
 from glm_jax.targets import GIB, GPUS, chip
@@ -410,7 +410,6 @@ def plan(
     train: bool = False,
     fp8: bool = False,
     name: str = "the model",
-    offer: bool = True,
 ) -> Plan:
     """Bytes a device by part, the verdict for a `device` of `targets.CHIPS`, and what would fit if this does not.
 
@@ -418,8 +417,13 @@ def plan(
     weights, a cache of `context` tokens for each row (default: 4096, or the model's most if that is less), and XLA's
     temporaries. Training (`train`): weights, gradients in the weights' dtype, AdamW's float32 copy and moments, and the
     activations that are kept where each layer is computed again in the backward pass; no cache. `fp8` counts the
-    matrices as the published FP8 checkpoints store them. What would fit is worked out if `offer`. Needs no devices.
-    Raises UsageError for a mesh, rules, a batch or a context that cannot be."""
+    matrices as the published FP8 checkpoints store them. Needs no devices. Raises UsageError for a mesh, rules, a batch
+    or a context that cannot be."""
+    return _plan(config, mesh, rules, batch, context, device, train, fp8, name, offer=True)
+
+
+def _plan(config, mesh, rules, batch, context, device, train, fp8, name, offer: bool) -> Plan:
+    """`plan`; what would fit is worked out if `offer`."""
     most = config.max_position_embeddings
     context = min(4096, most) if context is None else context
     if context > most:
@@ -428,7 +432,8 @@ def plan(
         raise UsageError(f"--batch {batch} --context {context}: both must be at least 1")
     if fp8 and train:
         raise UsageError("--dtype fp8 is how weights are stored to generate; training is in bfloat16 or float32")
-    by, kind = make_rules(rules), chip(device).kind if device else None
+    by, on = make_rules(rules), chip(device) if device else None
+    kind = on.kind if on else None
     memory = usable(device) if device else None
 
     def parts(layout, by=by, batch=batch, context=context, fp8=fp8):
@@ -442,13 +447,14 @@ def plan(
     else:
         layout = abstract(mesh, kind) if isinstance(mesh, str) else make_mesh(mesh)
     check_mesh(config, layout, by)
+    across(dict(layout.shape), on.slices if on else 1)
     rows, cost, changes = round_up(batch, axes_size(layout, by.batch)), None, ()
     held = parts(layout)
     if offer and memory is not None and sum(held.values()) > memory:
         changes = tuple(_changes(config, layout, by, batch, context, train, fp8, memory, total))
-    if device and not train:
+    if on and not train:
         slots = round_up(context, axes_size(layout, by.slots))
-        cost = step_cost(config, layout, by, rows, 1, slots, chip(device), fp8, batch)
+        cost = step_cost(config, layout, by, rows, 1, slots, on, fp8, batch)
     return Plan(
         name,
         describe(layout),
@@ -473,13 +479,18 @@ def search(
     rules: "str | Rules" = "ep",
     batch: int = 1,
     context: int | None = None,
-    **options,
+    *,
+    device: str | None = None,
+    train: bool = False,
+    fp8: bool = False,
+    name: str = "the model",
 ) -> list[Plan]:
     """A `Plan` for every mesh of so many devices that divides the model: those that fit first, and then the fastest
-    step first, or where no device is named the smallest."""
+    step first, or where no device is named the smallest. Options as `plan`."""
     found = []
     for layout in meshes(config, make_rules(rules), devices):
-        found.append(plan(config, describe(layout), rules, batch, context, offer=False, **options))
+        options = (batch, context, device, train, fp8, name)
+        found.append(_plan(config, describe(layout), rules, *options, offer=False))
     order = lambda p: (p.fits is False, p.cost.seconds if p.cost and p.fits else 0, p.total, p.mesh)
     return sorted(found, key=order)
 

@@ -52,7 +52,8 @@ class Compiled:
         found: dict[tuple[str, str], tuple[int, int]] = {}
         for c in self.collectives:
             n, size = found.get((c.kind, "*".join(c.axes)), (0, 0))
-            found[c.kind, "*".join(c.axes)] = n + (c.count or 1), size + (c.count or 1) * c.bytes
+            times = 1 if c.count is None else c.count  # of an unknown number of times, one
+            found[c.kind, "*".join(c.axes)] = n + times, size + times * c.bytes
         return dict(sorted(found.items()))
 
     def __str__(self) -> str:

@@ -35,6 +35,7 @@ class Chip:
     link: float  # bytes a second, sent, within a host of GPUs or a slice of TPUs
     network: float  # bytes a second, sent, between hosts of GPUs or slices of TPUs
     host: int  # devices a host
+    slices: int = 1  # of TPUs, in the topology that was named
 
 
 # GPU, the SXM modules. Memory: what XLA's own descriptions of these devices say (openxla/xla,
@@ -74,11 +75,12 @@ SKIP = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"
 
 
 def chip(name: str) -> Chip:
-    """The facts of a device by name, of "h100:16" or "v5p:2x2x4" too. Raises UsageError for an unknown one."""
-    kind = name.split(":", 1)[0].lower()
+    """The facts of a device by name, of "h100:16" or "v5p:2x2x4:2" too. Raises UsageError for an unknown one."""
+    kind, _, slices = name.lower().partition(":")
     if kind not in CHIPS:
         raise UsageError(f"{name}: unknown device, known are {', '.join(CHIPS)}")
-    return CHIPS[kind]
+    slices = slices.partition(":")[2]
+    return dataclasses.replace(CHIPS[kind], slices=int(slices)) if slices.isdecimal() else CHIPS[kind]
 
 
 def devices(name: str) -> int:

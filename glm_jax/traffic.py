@@ -1,6 +1,8 @@
 """The collectives of one step of generation, by formula: what docs/sharding.md derives and what tests hold the compiled
 program to."""
 
+import math
+
 from glm_jax import dispatch
 from glm_jax.config import Config
 from glm_jax.hlo import Collective
@@ -11,15 +13,19 @@ from glm_jax.sharding import Rules, device_kind, mesh_axes
 def expected(config: Config, mesh, rules: Rules, rows: int, tokens: int, slots: int, fresh: bool) -> list[Collective]:
     """Every collective of a step in which each of `rows` rows has `tokens` new tokens, with a cache of `slots`, which
     is empty if `fresh`. Axes of size 1 move nothing and are left out. Rules with a `width` are for training: their
-    weights come together besides."""
+    weights come together besides. Of a ragged all-to-all `sent` is what a device sends if every choice of experts is as
+    likely. A CPU reduces the shared expert's output and the routed experts' apart, other devices add them before."""
     c, wide, found = config, config.dtype.itemsize, []
     rules = rules_for(mesh, rules, tokens)
     size = lambda *axes: axes_size(mesh, *axes)
 
-    def add(kind: str, axes, numbers: int, width: int, count: int, source: str):
-        axes = tuple(a for a in mesh.shape if a in mesh_axes([axes]) and mesh.shape[a] > 1)
-        if axes and count:
-            found.append(Collective(kind, axes, numbers * width, count, source))
+    def above_one(*axes):
+        return tuple(a for a in mesh.shape if a in mesh_axes(axes) and mesh.shape[a] > 1)
+
+    def add(kind: str, axes, numbers: int, width: int, count: int, source: str, sent: float | None = None):
+        if (axes := above_one(axes)) and count:
+            sends = None if sent is None else round(sent * width)
+            found.append(Collective(kind, axes, numbers * width, count, source, sent=sends))
 
     B, T = rows // size(rules.batch), tokens // size(rules.seq)  # on one device
     D, N, H, k = c.hidden_size, c.num_attention_heads // size(rules.heads), c.head_dim, c.num_experts_per_tok
@@ -46,15 +52,19 @@ def expected(config: Config, mesh, rules: Rules, rows: int, tokens: int, slots: 
     # MLPs.
     M = c.moe_layers
     add("all-reduce", rules.ffn, states, wide, c.dense_layers, "dense layers: each device has some hidden units")
-    add("all-reduce", rules.ffn, states, wide, M if c.n_shared_experts else 0, "the shared expert, likewise")
     experts, together = mesh_axes([rules.experts]), mesh_axes([rules.batch, rules.seq])
     own = [a for a in experts if a in together]
+    summed = tuple(a for a in (*experts, *mesh_axes([rules.expert_ffn])) if a not in own)
+    added = above_one(*summed) == above_one(rules.ffn) and device_kind(mesh) != "cpu"
+    shared = M if c.n_shared_experts and not added else 0
+    add("all-reduce", rules.ffn, states, wide, shared, "the shared expert, likewise")
     if dispatch.sends(size(*own), device_kind(mesh)):
-        P = size(*own)
-        add("all-gather", tuple(own), P * P, 4, M, "how many tokens go where")
-        add("ragged-all-to-all", tuple(own), P * B * T * D, wide, M, "tokens to their experts' devices")
-        add("ragged-all-to-all", tuple(own), P * B * T * 2 * k, 4, M, "their experts and shares")
-        add("ragged-all-to-all", tuple(own), B * T * min(k, P) * D, wide, M, "what the experts made of them, back")
+        P, E, ragged, axes = size(*own), c.n_routed_experts, "ragged-all-to-all", tuple(own)
+        copies = B * T * (P - 1) * (1 - math.comb(E - E // size(*experts), k) / math.comb(E, k))  # to other devices
+        add("all-gather", axes, P * P, 4, M, "how many tokens go where")
+        add(ragged, axes, P * B * T * D, wide, M, "tokens to their experts' devices", copies * D)
+        add(ragged, axes, P * B * T * 2 * k, 4, M, "their experts and shares", copies * 2 * k)
+        add(ragged, axes, B * T * min(k, P) * D, wide, M, "what the experts made of them, back", copies * D)
     else:
         many = B * T
         for axis in own[::-1]:
@@ -65,15 +75,8 @@ def expected(config: Config, mesh, rules: Rules, rows: int, tokens: int, slots: 
         for axis in own:
             add("reduce-scatter", axis, many * D, 4, M, "each device's tokens, summed over the experts")
             many //= mesh.shape[axis]
-    summed = tuple(a for a in (*experts, *mesh_axes([rules.expert_ffn])) if a not in own)
-    add(
-        "all-reduce",
-        summed,
-        states,
-        wide,
-        M,
-        "the experts' output: each device has some, or some of their hidden units",
-    )
+    what = "the experts' output: each device has some, or some of their hidden units"
+    add("all-reduce", summed, states, wide, M, f"{what}; the shared expert's added" if added else what)
     # The next token.
     if tokens > 1:
         add("all-reduce", rules.seq, B * D, wide, 1, "each row's last state")
