@@ -278,6 +278,8 @@ def plan(args: argparse.Namespace) -> int:
         [(*row[:2], str(row[2]), row[3], f"{row[4] / 2**30:.2f}") for row in table],
     )
     print(planned, end="\n\n")
+    if not args.mesh and planned.devices > 1:
+        print(f"--search: every mesh of {planned.devices} devices, the fastest that fit first\n")
     for finding in [*findings, *(f"\n{step}" for step in compiled)]:
         print(finding)
     return 1 if planned.fits is False else 0
@@ -521,7 +523,8 @@ def _shared(read: Callable[[], str]) -> str:
 @contextlib.contextmanager
 def _one_of_several(args: argparse.Namespace):
     """Process 0 alone prints, and only what Python does: libraries' chatter on stdout would be in the answer."""
-    ignored = ("run", "interrupts", "coordinator", "process", "token", "quiet", "debug")
+    # How they met may be said by flag or by variable; that they met says that it agrees.
+    ignored = ("run", "interrupts", "coordinator", "processes", "process", "token", "quiet", "debug")
     flags = processes.exchange({k: v for k, v in vars(args).items() if k not in ignored})
     for i, theirs in enumerate(flags):
         for name in (name for name in theirs if theirs[name] != flags[0][name]):

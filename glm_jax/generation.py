@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import logging
 import resource
 import sys
 import time
@@ -16,12 +15,11 @@ from flax import nnx
 
 from glm_jax.cache import Cache
 from glm_jax.errors import UsageError
-from glm_jax.model import GLM, PREFILL_CHUNK, batch_shards, bucket, cached_heads, checked_ids, in_mesh, round_up
+from glm_jax.model import GLM, PREFILL_CHUNK, bucket, cached_heads, checked_ids, in_mesh, padded_rows
 from glm_jax.parsing import ResponseStream
 from glm_jax.planner import refuse_if_no_room
-from glm_jax.processes import everywhere, index, placed
+from glm_jax.processes import everywhere, placed
 from glm_jax.sample import Sampling, sample
-from glm_jax.sharding import mesh_axes
 from glm_jax.tokenizer import Tokenizer
 
 
@@ -172,7 +170,6 @@ def generate_steps(
     The device works on the next step while the caller looks at this one."""
     sampling = Sampling.of(temperature, top_k, top_p, min_p, repetition_penalty, model.token_limit)
     table, lengths = _table(model, prompts)
-    _say_padding(len(prompts), len(table), " and ".join(mesh_axes([model.rules.batch])))
     longest, chunks = int(lengths.max()), -(-table.shape[1] // PREFILL_CHUNK)
     steps = max(_limit(model, len(p), max_tokens) for p in prompts)
     rows = table.shape[0]
@@ -346,21 +343,13 @@ def _table(model: GLM, prompts) -> tuple[np.ndarray, np.ndarray]:
     longest, limit = max(map(len, prompts)), model.config.max_position_embeddings
     if longest > limit:
         raise UsageError(f"the prompt has {longest} tokens, this model's context is {limit}: shorten it")
-    rows = round_up(len(prompts), batch_shards(model))
+    rows = padded_rows(model, len(prompts))
     chunks = (longest - 1) // PREFILL_CHUNK  # whole ones, and a bucket for the rest
     table = np.zeros((rows, chunks * PREFILL_CHUNK + bucket(longest - chunks * PREFILL_CHUNK)), np.int32)
     for row, prompt in zip(table, prompts, strict=False):
         row[: len(prompt)] = prompt
     lengths = [len(p) for p in prompts] + [1] * (rows - len(prompts))
     return table, np.asarray(lengths, np.int32)
-
-
-@functools.cache  # once for each number of prompts, not with every one
-def _say_padding(prompts: int, rows: int, axes: str):
-    if rows > prompts and index() == 0:
-        mend = "; --rules latency uses every device for one prompt" if prompts == 1 else ""
-        text = f"{prompts} prompt{'s'[: prompts > 1]} padded to {rows} rows for the mesh axes {axes}"
-        logging.getLogger("glm_jax").warning(f"{text}: more prompts at once cost the same{mend}")
 
 
 def _limit(model: GLM, prompt_tokens: int, max_tokens: int) -> int:

@@ -45,15 +45,17 @@ def load(
     layers only. `progress(done, total)` is told bytes. Everything is checked, the memory too, before a weight is read.
     Raises BadInput, MissingInput, NoSpace or UsageError, each with one line that says what to change."""
     options: dict[str, Any] = {"revision": revision, "token": token, "offline": offline}
+    devices = jax.devices()  # of several processes the first to ask waits for the others
     with agreed():
         folder = fetch(path, **options)
         config, indexed, wanted = read_config(folder, dtype, layers)
-        rules = make_rules(rules)
-        if mesh is None:
+        rules, chosen = make_rules(rules), mesh is None
+        if chosen:
             here = jax.process_index()  # also of processes that did not meet by processes.start
-            mesh = default_mesh(config, rules, sorted(jax.devices(), key=lambda d: d.process_index != here))
-    if count() > 1 and isinstance(mesh, str):  # what is free differs between hosts, and so may the default
-        mesh = exchange(mesh)[0]
+            mesh = default_mesh(config, rules, sorted(devices, key=lambda d: d.process_index != here))
+    defaults = exchange(mesh if chosen else None)
+    if all(defaults):  # what is free differs between hosts, and so may the default
+        mesh = defaults[0]
     with agreed():
         mesh = make_mesh(mesh)
         check_mesh(config, mesh, rules)

@@ -10,6 +10,7 @@ tracing. Two islands are `shard_map`s, attention and routed experts; kernels are
 
 import dataclasses
 import functools
+import logging
 import math
 import zlib
 from typing import Any
@@ -25,7 +26,7 @@ from glm_jax import dispatch, kernels
 from glm_jax.cache import Cache, write
 from glm_jax.config import Config
 from glm_jax.errors import UsageError
-from glm_jax.processes import everywhere, placed
+from glm_jax.processes import everywhere, index, placed
 from glm_jax.sharding import Rules, auto, describe, device_kind, mesh_axes
 from glm_jax.sharding import mesh as make_mesh
 from glm_jax.sharding import rules as make_rules
@@ -416,7 +417,7 @@ class GLM(nnx.Module):
         if not isinstance(ids, Tracer):
             ids = checked_ids(ids, self.config.vocab_size)
         B, T = ids.shape
-        rows, width = round_up(B, batch_shards(self)), bucket(T)
+        rows, width = padded_rows(self, B), bucket(T)
         rules = self.rules_for(width)
         if cache is not None:
             if cache.length.shape[0] != B:
@@ -452,7 +453,7 @@ class GLM(nnx.Module):
         if self.mtp is None:
             raise UsageError("this model has no MTP layer (num_nextn_predict_layers is 0, or the folder holds none)")
         ids = checked_ids(ids, self.config.vocab_size)
-        (B, T), rows = ids.shape, round_up(len(ids), batch_shards(self))
+        (B, T), rows = ids.shape, padded_rows(self, len(ids))
         if T < 2:
             raise UsageError("the MTP layer reads a token and the next: ids must have at least 2 tokens a row")
         ids = np.pad(ids, ((0, rows - B), (0, bucket(T) - T)))
@@ -651,6 +652,21 @@ def rules_for(mesh, rules: Rules, tokens: int) -> Rules:
 def batch_shards(model: GLM) -> int:
     """Into how many parts the batch is cut; batches are padded to a multiple of it."""
     return axes_size(model.mesh, model.rules.batch)
+
+
+def padded_rows(model: GLM, rows: int) -> int:
+    """As many rows as the mesh cuts into equal parts: those of a batch, and padding. Says so, once for each number."""
+    padded = round_up(rows, batch_shards(model))
+    if padded > rows and index() == 0:
+        _say_padding(rows, padded, " and ".join(mesh_axes([model.rules.batch])))
+    return padded
+
+
+@functools.cache
+def _say_padding(rows: int, padded: int, axes: str):
+    mend = "; --rules latency uses every device for one" if rows == 1 else ""
+    text = f"{rows} row{'s'[: rows > 1]} padded to {padded} for the mesh axes {axes}"
+    logging.getLogger("glm_jax").warning(f"{text}: more rows at once cost the same{mend}")
 
 
 def kv_axes(config: Config, mesh, rules: Rules) -> tuple[str, ...]:

@@ -187,6 +187,11 @@ def device_bytes(device) -> int:
     return int(fields["MemAvailable"].split()[0]) * 1024 // jax.local_device_count()
 
 
+def free_bytes(device) -> int:
+    """Memory of a device that nothing has taken yet."""
+    return device_bytes(device) - (device.memory_stats() or {}).get("bytes_in_use", 0)
+
+
 def is_gpu(device: str) -> bool:
     return device.split(":", 1)[0].lower() in GPUS
 
@@ -197,14 +202,15 @@ def usable(device: str) -> int:
 
 
 def refuse_if_no_room(model: GLM, batch: int, context: int) -> None:
-    """Raises NoSpace if a cache of `context` tokens for `batch` rows is more than what its devices have left."""
-    need = cache_on_device(model.config, model.mesh, model.rules, batch, context)
-    device = model.mesh.local_devices[0]
-    free = device_bytes(device) - (device.memory_stats() or {}).get("bytes_in_use", 0)
-    if need > free:
+    """Raises NoSpace if a cache of `context` tokens for `batch` rows, and the work on them, are more than what its
+    devices have left."""
+    cache = cache_on_device(model.config, model.mesh, model.rules, batch, context)
+    work = sum(_temporaries(model.config, model.mesh, model.rules, batch, context).values())
+    if cache + work > (free := free_bytes(model.mesh.local_devices[0])):
         raise NoSpace(
-            f"the cache for {batch} x {context} tokens needs {need / GIB:.1f} GiB on each of {model.mesh.size} devices,"
-            f" {free / GIB:.1f} are free: a smaller --max-tokens, fewer rows, or a --mesh of more devices"
+            f"{batch} x {context} tokens need {(cache + work) / GIB:.1f} GiB on each of {model.mesh.size} devices, "
+            f"{cache / GIB:.1f} of them for the cache, {free / GIB:.1f} are free: a smaller --max-tokens, fewer rows, "
+            "or a --mesh of more devices"
         )
 
 
@@ -245,7 +251,7 @@ def default_mesh(config: Config, rules: Rules, devices: list) -> str:
     """The mesh for these devices, as `best_mesh` has it for one row of 4,096 tokens; if no mesh of all of them divides
     the model, of as many as do."""
     total = lambda layout: needs(config, layout, rules).total
-    memory, kind = device_bytes(devices[0]), devices[0].device_kind
+    memory, kind = free_bytes(devices[0]), devices[0].device_kind
     for count in range(len(devices), 0, -1):
         if best := best_mesh(config, rules, count, memory, total, kind):
             return describe(best[0])
@@ -253,8 +259,9 @@ def default_mesh(config: Config, rules: Rules, devices: list) -> str:
 
 
 def refuse_if_too_large(config: Config, mesh, rules: Rules, name: str) -> None:
-    """Raises NoSpace, with the parts and the changes that would fit, if the devices of the mesh are too small."""
-    have, need = device_bytes(mesh.local_devices[0]), needs(config, mesh, rules)
+    """Raises NoSpace, with the parts and the changes that would fit, if the mesh's devices have too little room."""
+    device = mesh.local_devices[0]
+    have, all_of_it, need = free_bytes(device), device_bytes(device), needs(config, mesh, rules)
     if need.total <= have:
         return
     total = lambda layout: needs(config, layout, rules).total
@@ -267,6 +274,7 @@ def refuse_if_too_large(config: Config, mesh, rules: Rules, name: str) -> None:
         fits.append(f"--layers {layers} (the first {layers} of {config.num_hidden_layers})")
     raise NoSpace(
         f"{name} needs {need} on each of {mesh.size} devices (--mesh {describe(mesh)}), these have {have / GIB:.1f} GiB"
+        + (f" free of {all_of_it / GIB:.1f}" if all_of_it > have else "")
         + ("; what would fit: " + ", or ".join(fits) if fits else "; no mesh, dtype or --layers of it fits")
     )
 

@@ -316,7 +316,7 @@ def test_a_cache_that_does_not_fit(folder, capfd, monkeypatch):
     monkeypatch.setattr("glm_jax.planner.device_bytes", lambda device: 2**10)
     monkeypatch.setattr("glm_jax.loading.refuse_if_too_large", lambda *args: None)
     answer = tell(capfd, "generate", "-m", folder, "-p", "x", "--max-tokens", 10**20, *ONE)
-    assert failed(28, "the cache for 1 x 512 tokens needs", answer) and "a smaller --max-tokens" in answer[2]
+    assert failed(28, "1 x 512 tokens need", answer) and "a smaller --max-tokens" in answer[2]
 
 
 def test_an_error_of_ours_is_one_line_too(folder, capfd, monkeypatch):

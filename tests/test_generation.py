@@ -17,7 +17,7 @@ from glm_jax import GLM, generate, generate_ids, generation, stream_generate
 from glm_jax.config import tiny
 from glm_jax.errors import UsageError
 from glm_jax.generation import _StopStrings, generate_steps
-from glm_jax.model import in_mesh
+from glm_jax.model import _say_padding, in_mesh
 from glm_jax.parsing import parse_response
 from glm_jax.sample import Sampling, sample
 from glm_jax.sharding import AXES
@@ -184,16 +184,18 @@ def test_every_mesh_draws_the_same(model, single):
 
 
 def test_padding_is_said_once(caplog):
-    generation._say_padding.cache_clear()
+    _say_padding.cache_clear()
     model = GLM(CONFIG, "data=2,expert=2,tensor=2")
     for _ in range(2):
         generate_ids(model, [[1, 2, 3]], max_tokens=1)
     assert [r.getMessage() for r in caplog.records] == [
-        "1 prompt padded to 4 rows for the mesh axes data and expert: more prompts at once cost the same; "
-        "--rules latency uses every device for one prompt"
+        "1 row padded to 4 for the mesh axes data and expert: more rows at once cost the same; "
+        "--rules latency uses every device for one"
     ]
     generate_ids(model, [[1, 2, 3]] * 4, max_tokens=1)
     assert len(caplog.records) == 1
+    model([[1, 2]] * 3)
+    assert caplog.records[1].getMessage().startswith("3 rows padded to 4 for")
 
 
 def test_seeds(model):

@@ -339,7 +339,7 @@ def test_long_in_the_quick_suite():
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["data=2,expert=2,tensor=2/fsdp", "expert=2,context=2,tensor=2/long"])
 def test_every_preset_gives_the_same_gradients(case):
-    ids = np.resize(IDS, (8, 16))
+    ids = np.resize(IDS, (5, 16))  # which neither mesh divides
     _, metrics, want = gradients(made("all the parts"), ids, mtp_weight=0.3)
     at, by = case.split("/")
     _, ours, got = gradients(made("all the parts", at, by), ids, mtp_weight=0.3)
