@@ -177,6 +177,7 @@ def main() -> int:
     right = all(
         line["tokens_equal"]
         and line.get("load_equal", True)
+        and line.get("unused_experts", 1) > 0
         and all(read < line["bytes"] for read in line.get("bytes_read", ()))
         and max(line["logits_rms"], line["gradients_rms"]) < 1e-5
         for line in lines

@@ -216,15 +216,17 @@ def plan(args: argparse.Namespace) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # plans are made without the devices, which may be busy with something else
     from glm_jax import planner
     from glm_jax.linter import axes_table, lint
-    from glm_jax.sharding import abstract, rules
+    from glm_jax.sharding import DEVICES, abstract, rules
     from glm_jax.targets import chip, devices
 
     device = args.topology or args.device
     if args.topology and args.device:
         raise UsageError(f"--topology {args.topology} and --device {args.device}: one of them")
     count = devices(args.topology) if args.topology and ":" in args.topology else args.devices
-    if count is not None and count < 1:
-        raise UsageError(f"--devices {count}: at least 1")
+    if args.device and ":" in args.device:
+        raise UsageError(f"--device {args.device}: a kind of device; --topology {args.device} is so many")
+    if count is not None and not 1 <= count <= DEVICES:
+        raise UsageError(f"--devices {count:,}: 1 to {DEVICES:,}")
     if args.topology and args.devices and count != args.devices:
         raise UsageError(f"--topology {args.topology} has {count} devices, --devices says {args.devices}")
     if args.compile and not (args.topology and ":" in args.topology):
@@ -234,7 +236,9 @@ def plan(args: argparse.Namespace) -> int:
     config, name, fp8 = _config(args)
     for flag, value in (("--search", args.search), ("--train", args.train), (f"of {name} in FP8", fp8)):
         if args.compile and value:
-            raise UsageError(f"--compile {flag}: what it compiles is one mesh's steps of generation, no FP8 among them")
+            raise UsageError(
+                f"--compile {flag}: what it compiles is one mesh's steps of generation, in --dtype bfloat16 or float32"
+            )
     by = rules(args.rules)
     options = {"batch": args.batch, "context": args.context, "device": device, "train": args.train}
     options |= {"fp8": fp8, "name": name}
@@ -252,9 +256,10 @@ def plan(args: argparse.Namespace) -> int:
     asked = abstract(args.mesh, kind) if args.mesh else None
     if asked and count and asked.size != count:
         raise UsageError(
-            f"--mesh {args.mesh} has {asked.size} devices, {args.topology or f'--devices {count}'} {count}"
+            f"--mesh {args.mesh} has {asked.size} devices, "
+            + (f"--topology {args.topology} {count}" if args.topology else f"--devices says {count}")
         )
-    if asked and (errors := [f for f in lint(config, asked, by) if f.kind == "error"]):
+    if asked and (errors := [f for f in lint(config, asked, by) if f.kind == "error"]):  # with what would divide
         raise UsageError(f"--mesh {args.mesh}: " + "; ".join(str(e).removeprefix("error: ") for e in errors))
     at: Any = args.mesh or count or 1
     planned = planner.plan(config, at, args.rules, **options)
@@ -263,7 +268,7 @@ def plan(args: argparse.Namespace) -> int:
     if args.train:  # its steps are others, whose collectives no formula has yet
         findings = [f for f in findings if f.kind not in ("moved", "hosts")]
     table, compiled = axes_table(config, layout, by, fp8), []
-    if args.compile:
+    if args.compile and planned.fits:
         from glm_jax.steps import compile_steps
 
         compiled = compile_steps(config, planned.mesh, by, args.topology, planned.rows, planned.context)
@@ -280,7 +285,8 @@ def plan(args: argparse.Namespace) -> int:
     print(planned, end="\n\n")
     if not args.mesh and planned.devices > 1:
         print(f"--search: every mesh of {planned.devices} devices, the fastest that fit first\n")
-    for finding in [*findings, *(f"\n{step}" for step in compiled)]:
+    not_compiled = ["\nnot compiled: XLA refuses what does not fit"] if args.compile and not planned.fits else []
+    for finding in [*findings, *(f"\n{step}" for step in compiled), *not_compiled]:
         print(finding)
     return 1 if planned.fits is False else 0
 

@@ -133,17 +133,42 @@ def roofline(flops: float, hbm_bytes: float, collectives: list[Collective], chip
 
         compute = flops / chip.bf16
         memory  = hbm_bytes / chip.bandwidth
-        network = sum of count * sent_bytes / (chip.network if the group leaves the host or slice, else chip.link)
+        network = sum of count * max(sent_bytes / chip.link, crossing_bytes / chip.network)
 
     and the largest of them, which is to say that the three overlap. `flops` and `hbm_bytes` are one device's. A
-    collective that runs an unknown number of times counts once. Where the devices lie is as in `places`. Of a group
-    that leaves its host every byte counts as sent by one device's own adapter."""
+    collective that runs an unknown number of times counts once. Where the devices lie is as in `places`."""
     place = places(chip, mesh)
     network = 0.0
     for c in collectives:
-        rate = chip.network if _leaves(c.axes, place, mesh) else chip.link
-        network += (1 if c.count is None else c.count) * sent_bytes(c, mesh) / rate
+        seconds = max(sent_bytes(c, mesh) / chip.link, crossing_bytes(c, mesh, place) / chip.network)
+        network += (1 if c.count is None else c.count) * seconds
     return Roofline(flops / chip.bf16, hbm_bytes / chip.bandwidth, network)
+
+
+def crossing_bytes(c: Collective, mesh, place: np.ndarray) -> float:
+    """Of what one device sends each time, the bytes that must leave its host or slice, by `place` as in `places`: a
+    group's n devices of which m are on one host bring (n-m)/n of the array into it once, over m adapters. Of an
+    all-to-all the part that is for others' hosts."""
+    if c.axes == UNKNOWN or c.kind == "collective-permute":
+        leaves = (place != place.flat[0]).any() if c.axes == UNKNOWN else groups_of(mesh, c.axes, place)[1] > 1
+        return sent_bytes(c, mesh) if leaves else 0.0
+    m, hosts = groups_of(mesh, c.axes, place)
+    n = math.prod(mesh.shape[a] for a in c.axes)
+    if hosts == 1:
+        return 0.0
+    if "all-to-all" in c.kind:
+        return sent_bytes(c, mesh) * (n - m) / (n - 1)
+    return c.bytes * (n - m) / n / m * (2 if c.kind == "all-reduce" else 1)
+
+
+def groups_of(mesh, axes: tuple[str, ...], place: np.ndarray) -> tuple[int, int]:
+    """Of a group of devices along these axes, how many are on one host or slice at the most, and on how many it is."""
+    within = [i for i, a in enumerate(mesh.shape) if a in axes]
+    groups = np.moveaxis(place, within, range(-len(within), 0)).reshape(-1, math.prod(mesh.shape[a] for a in axes))
+    ordered = np.sort(groups, 1)
+    run = np.cumsum(np.diff(ordered, axis=1, prepend=-1) != 0)  # all that one group has on one host have one number
+    hosts = np.diff(ordered, axis=1).astype(bool).sum(1).max() + 1
+    return int(np.bincount(run).max()), int(hosts)
 
 
 def places(chip: Chip, mesh) -> np.ndarray:
@@ -158,13 +183,6 @@ def places(chip: Chip, mesh) -> np.ndarray:
     between = across(dict(mesh.shape), chip.slices)
     block = [i // (n // m) for i, n, m in zip(np.indices(shape), shape, between, strict=True)]
     return np.asarray(np.ravel_multi_index(block, between))
-
-
-def _leaves(axes: tuple[str, ...], place: np.ndarray, mesh) -> bool:
-    if axes == UNKNOWN:
-        return bool((place != place.flat[0]).any())
-    along = tuple(i for i, name in enumerate(mesh.shape) if name in axes)
-    return bool((place.max(along) != place.min(along)).any())
 
 
 def big_buffers(compiled, at_least_bytes: int) -> list[Buffer]:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from glm_jax.config import Config
-from glm_jax.hlo import places, sent_bytes
+from glm_jax.hlo import crossing_bytes, groups_of, places, sent_bytes
 from glm_jax.model import (
     DIMENSIONS,
     GLM,
@@ -15,6 +15,7 @@ from glm_jax.model import (
     axes_size,
     cached_heads,
     kv_axes,
+    padding_costs,
     round_up,
     rules_for,
     undivided,
@@ -22,7 +23,7 @@ from glm_jax.model import (
 )
 from glm_jax.planner import cache_on_device, held_bytes, meshes
 from glm_jax.sharding import Rules, describe, mesh_axes
-from glm_jax.targets import GIB, Chip, chip
+from glm_jax.targets import GIB, chip
 from glm_jax.traffic import expected
 
 LANES = 128  # of a TPU: what its tiles are wide
@@ -121,13 +122,7 @@ def _cut_by(name: str) -> tuple[str, ...]:
 
 def _errors(config: Config, mesh, rules: Rules) -> list[Finding]:
     found = []
-    for axis, size, name in undivided(config, mesh, rules):
-        value = getattr(config, name)
-        fits = [n for n in range(1, 2 * size + 1) if value % n == 0]
-        below, above = max(n for n in fits if n < size), [n for n in fits if n > size][:1]
-        near = " or ".join(str(n) for n in [below, *above])
-        axes = "*".join(mesh_axes([getattr(rules, axis)]))
-        text = f"{name} {value:,} does not divide over {axes}={size}, the next that do are {near}"
+    for text in undivided(config, mesh, rules):
         found.append(Finding("error", text))
     if found:
         near = nearest_meshes(config, mesh, rules)
@@ -207,7 +202,7 @@ def _padded(config: Config, mesh, rules: Rules, batch: int, context: int, device
         axes = "*".join(mesh_axes([rules.batch]))
         text = f"{batch} row{'s'[: batch > 1]} over {axes}={axes_size(mesh, rules.batch)}: "
         text += f"{rows - batch} of {rows} rows are padding"
-        mend = "--rules latency uses every device for one row" if batch == 1 else f"--batch {rows} costs the same"
+        mend = padding_costs(batch, rows, mesh_axes([rules.batch]))
         spare = cache_on_device(config, mesh, rules, rows, slots) * (rows - batch)
         found.append(Finding("padded", text, spare // rows, spare * mesh.size // rows, mend))
     if slots != context:
@@ -228,28 +223,21 @@ def _padded(config: Config, mesh, rules: Rules, batch: int, context: int, device
 def _moved(config: Config, mesh, rules: Rules, batch: int, context: int, tokens: int, device) -> list[Finding]:
     rows = round_up(batch, axes_size(mesh, rules.batch))
     slots = round_up(context, axes_size(mesh, rules.slots))
-    sent: dict[tuple[str, ...], int] = {}
-    found = []
+    crossing: dict[tuple[str, ...], int] = {}
+    found, on = [], chip(device) if device else None
+    place = places(on, mesh) if on else np.zeros(1)
     for c in expected(config, mesh, rules, rows, tokens, slots, tokens > 1):
         text = f"{c.count} x {c.kind} over {'*'.join(c.axes)}: {c.source}"
         size = int((c.count or 0) * sent_bytes(c, mesh))
-        sent[c.axes] = sent.get(c.axes, 0) + size
+        if on:
+            crossing[c.axes] = crossing.get(c.axes, 0) + int((c.count or 0) * crossing_bytes(c, mesh, place))
         found.append(Finding("moved", text, size, size * mesh.size))
     hosts = []
-    for axes, size in sent.items() if device else ():
-        on = chip(device)
-        if (n := hosts_of(mesh, axes, on)) > 1:
-            text = f"groups over {'*'.join(axes)}={axes_size(mesh, *axes)} are on {n} "
-            each = on.host if on.platform == "cuda" else mesh.size // on.slices
-            text += f"hosts of {each}" if on.platform == "cuda" else f"slices of {each}"
-            mend = f"inside a {'host' if on.platform == 'cuda' else 'slice'} are groups of up to {each} of the "
-            mend += "innermost axes"
+    for axes, size in crossing.items() if on else ():
+        assert on is not None
+        if (n := groups_of(mesh, axes, place)[1]) > 1:
+            what, each = ("host", on.host) if on.platform == "cuda" else ("slice", mesh.size // on.slices)
+            text = f"groups over {'*'.join(axes)}={axes_size(mesh, *axes)} are on {n} {what}s of {each}"
+            mend = f"inside a {what} are groups of up to {each} of the innermost axes"
             hosts.append(Finding("hosts", f"{text}: a step sends over the network", size, size * mesh.size, mend))
     return hosts + found
-
-
-def hosts_of(mesh, axes: tuple[str, ...], on: Chip) -> int:
-    """On how many hosts of GPUs, or slices of TPUs, a group along these axes is at the most."""
-    within = [i for i, a in enumerate(mesh.shape) if a in axes]
-    groups = np.moveaxis(places(on, mesh), within, range(-len(within), 0)).reshape(-1, axes_size(mesh, *axes))
-    return max(len(np.unique(group)) for group in groups)

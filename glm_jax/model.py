@@ -658,15 +658,21 @@ def padded_rows(model: GLM, rows: int) -> int:
     """As many rows as the mesh cuts into equal parts: those of a batch, and padding. Says so, once for each number."""
     padded = round_up(rows, batch_shards(model))
     if padded > rows and index() == 0:
-        _say_padding(rows, padded, " and ".join(mesh_axes([model.rules.batch])))
+        _say_padding(rows, padded, mesh_axes([model.rules.batch]))
     return padded
 
 
+def padding_costs(rows: int, padded: int, axes: tuple[str, ...]) -> str:
+    """What to do about so many rows that are padded for these mesh axes."""
+    if rows == 1 and "expert" in axes:
+        return "--rules latency has more devices work on one row"
+    return f"{padded} rows cost the same"
+
+
 @functools.cache
-def _say_padding(rows: int, padded: int, axes: str):
-    mend = "; --rules latency uses every device for one" if rows == 1 else ""
-    text = f"{rows} row{'s'[: rows > 1]} padded to {padded} for the mesh axes {axes}"
-    logging.getLogger("glm_jax").warning(f"{text}: more rows at once cost the same{mend}")
+def _say_padding(rows: int, padded: int, axes: tuple[str, ...]):
+    text = f"{rows} row{'s'[: rows > 1]} padded to {padded} for the mesh axes {' and '.join(axes)}"
+    logging.getLogger("glm_jax").warning(f"{text}; {padding_costs(rows, padded, axes)}")
 
 
 def kv_axes(config: Config, mesh, rules: Rules) -> tuple[str, ...]:
@@ -706,7 +712,6 @@ DIMENSIONS = {
 def check_mesh(config: Config, mesh, rules: Rules) -> None:
     """Raises UsageError for rules that cannot be, naming what they cut twice, and for every dimension that its mesh
     axes do not divide, with its size and theirs."""
-    problems = []
     for field in dataclasses.fields(rules):
         if unknown := [a for a in mesh_axes([getattr(rules, field.name)]) if a not in mesh.shape]:
             raise UsageError(f"the rule {field.name} names {unknown[0]!r}, the mesh has {', '.join(mesh.shape)}")
@@ -723,17 +728,12 @@ def check_mesh(config: Config, mesh, rules: Rules) -> None:
             f"the rules cut sequences over {apart[0]!r} ({apart[0]}={mesh.shape[apart[0]]}) and not the cache's slots: "
             f"seq={rules.seq!r} and slots={rules.slots!r}; name it in slots too, or in neither"
         )
-    for axis, size, name in undivided(config, mesh, rules):
-        value, axes = getattr(config, name), "*".join(mesh_axes([getattr(rules, axis)]))
-        fits = [str(n) for n in range(1, size + 1) if value % n == 0]
-        problem = f"{name} {value} over {axes}={size} (sizes that divide: {', '.join(fits)})"
-        problems += [problem] if problem not in problems else []  # experts and the shared one have one width
-    if problems:
-        raise UsageError(f"--mesh {describe(mesh)} does not divide " + "; ".join(problems))
+    if problems := list(dict.fromkeys(undivided(config, mesh, rules))):  # experts and the shared one have one width
+        raise UsageError(f"--mesh {describe(mesh)}: " + "; ".join(problems))
 
 
 def undivided(config: Config, mesh, rules: Rules):
-    """(logical axis, into how many parts, the config's field) of every dimension that its mesh axes do not divide."""
+    """In words every dimension that its mesh axes do not divide, with the sizes nearest to theirs that would."""
     for axis, names in DIMENSIONS.items():
         size = axes_size(mesh, getattr(rules, axis))
         for name in names:
@@ -741,7 +741,11 @@ def undivided(config: Config, mesh, rules: Rules):
             if name == "num_attention_heads":  # and each device's queries must fall to whole KV heads of its cache
                 fine = fine and config.num_attention_heads % cached_heads(config, mesh, rules) == 0
             if not fine and not (name == "intermediate_size" and not config.dense_layers):
-                yield axis, size, name
+                value, axes = getattr(config, name), "*".join(mesh_axes([getattr(rules, axis)]))
+                fits = [n for n in range(1, 2 * size + 1) if value % n == 0]
+                near = [max(n for n in fits if n < size), *[n for n in fits if n > size][:1]]
+                near = " or ".join(map(str, near))
+                yield f"{name} {value:,} does not divide over {axes}={size}, the next that do are {near}"
 
 
 def _weight(model: GLM, shape, *axes, dtype=None, stacked=True):

@@ -239,12 +239,15 @@ def meshes(config: Config, rules: Rules, devices: int, kind: str | None = None) 
 
 
 def best_mesh(config: Config, rules: Rules, devices: int, memory: int | None, total: Total, kind: str | None = None):
-    """(mesh, its bytes) of so many devices, or None if none divides the model. Of those that fit `memory` (None: all)
-    the one with most over `expert`, then least over `data` and `context`; if none fits, the one that needs least."""
+    """(mesh, its bytes) of so many devices, or None if none divides the model. Of those that fit `memory` (None: all),
+    if there are any with a tenth of it to spare of these, the one with most over `expert`, then least over `data` and
+    `context`; if none fits, the one that needs least."""
     found = [(layout, total(layout)) for layout in meshes(config, rules, devices, kind)]
-    fits = [f for f in found if memory is None or f[1] <= memory]
-    spread = lambda f: (-f[0].shape["expert"], f[0].shape["data"], f[0].shape["context"])
-    return min(fits, key=spread) if fits else min(found, key=lambda f: f[1], default=None)
+    for room in (0.9, 1.0):  # more rows or a longer context should not be the end
+        fits = [f for f in found if memory is None or f[1] <= room * memory]
+        if fits:
+            return min(fits, key=lambda f: (-f[0].shape["expert"], f[0].shape["data"], f[0].shape["context"]))
+    return min(found, key=lambda f: f[1], default=None)
 
 
 def default_mesh(config: Config, rules: Rules, devices: list) -> str:
@@ -368,7 +371,7 @@ class Plan:
         doing = "training" if self.train else "generating"
         lines = [
             f"{self.name}, {self.dtype}, --mesh {self.mesh} ({self.devices} devices), --rules {self.rules}, "
-            f"{self.rows} x {self.context:,} tokens, {doing}",
+            f"{_rows(self.batch, self.rows)} x {self.context:,} tokens, {doing}",
             "",
             f"{'part':42}GiB a device",
         ]
@@ -407,6 +410,10 @@ class Plan:
         return axes
 
 
+def _rows(batch: int, rows: int) -> str:
+    return f"{batch}" if rows == batch else f"{batch} (padded to {rows})"
+
+
 def plan(
     config: Config,
     mesh="data=1",
@@ -439,7 +446,7 @@ def _plan(config, mesh, rules, batch, context, device, train, fp8, name, offer: 
     if batch < 1 or context < 1:
         raise UsageError(f"--batch {batch} --context {context}: both must be at least 1")
     if fp8 and train:
-        raise UsageError("--dtype fp8 is how weights are stored to generate; training is in bfloat16 or float32")
+        raise UsageError("weights in FP8 are for generating; training is in --dtype bfloat16 or float32")
     by, on = make_rules(rules), chip(device) if device else None
     kind = on.kind if on else None
     memory = usable(device) if device else None
@@ -456,6 +463,8 @@ def _plan(config, mesh, rules, batch, context, device, train, fp8, name, offer: 
         layout = abstract(mesh, kind) if isinstance(mesh, str) else make_mesh(mesh)
     check_mesh(config, layout, by)
     across(dict(layout.shape), on.slices if on else 1)
+    if by.width is not None and not train:
+        raise UsageError(f"--rules {rules} cut the width of weights, which is for training: --train, or other rules")
     rows, cost, changes = round_up(batch, axes_size(layout, by.batch)), None, ()
     held = parts(layout)
     if offer and memory is not None and sum(held.values()) > memory:
@@ -539,7 +548,7 @@ def _changes(config, mesh, rules: Rules, batch, context, train, fp8, memory: int
     if n := _most(lambda rows: total(mesh, batch=rows) <= memory, batch, step):
         yield f"--batch {n}"
     for name, other in PRESETS.items():
-        if other != rules:
+        if other != rules and (train or other.width is None):
             spread = lambda layout, by=other: total(layout, by=by)
             best = best_mesh(config, other, mesh.size, memory, spread, device_kind(mesh) or None)
             if best and best[1] <= memory:

@@ -36,8 +36,9 @@ class Compiled:
     flops: float  # by `costs.step_cost`, and so are the rest
     memory_bytes: float
     roofline_ms: dict[str, float]
+    formula: str  # of these milliseconds
     collectives: tuple[Collective, ...]
-    buffers: tuple[Buffer, ...]  # the largest that the program makes, of 1 MiB and more: no argument is among them
+    buffers: tuple[Buffer, ...]  # that the program makes, as large as an expert's `down` and larger; no arguments
 
     def to_json(self) -> dict[str, Any]:
         """Keys carry units; collectives as kind, axes, times and bytes of all times."""
@@ -70,7 +71,7 @@ class Compiled:
         lines.append(
             f"  {self.flops:.3g} FLOP, {self.memory_bytes / GIB:.2f} GiB read (XLA, loops once: {counted} FLOP)"
         )
-        lines.append(f"  at least {max(self.roofline_ms.values()):.3f} ms ({times})")
+        lines.append(f"  at least {max(self.roofline_ms.values()):.3f} ms ({times}): {self.formula}")
         lines += [
             f"  {n:5} x {kind} over {axes}, {size / 2**20:,.1f} MiB" for (kind, axes), (n, size) in self.moved().items()
         ]
@@ -94,7 +95,10 @@ def compile_step(
     began = time.perf_counter()
     program = lower_step(model, rows, tokens, slots, platform(target), fresh).compile()
     seconds, got = time.perf_counter() - began, report(program, model.mesh)
-    cost = step_cost(config, model.mesh, model.rules, rows, tokens, slots, chip(target), fresh=fresh)
+    on, count = chip(target), max(1, config.moe_layers)
+    cost = step_cost(config, model.mesh, model.rules, rows, tokens, slots, on, fresh=fresh)
+    formula = f"FLOP / {on.bf16 / 1e12:,.0f} T/s, bytes read / {on.bandwidth / 1e9:,.0f} GB/s, bytes sent by the "
+    formula += f"formula / {on.link / 1e9:,.0f} GB/s, between hosts or slices {on.network / 1e9:,.4g} GB/s"
     arguments = sum(weight_bytes(config, model.mesh, model.rules).values())
     arguments += cache_on_device(config, model.mesh, model.rules, rows, slots)
     temporaries = sum(working_bytes(config, model.mesh, model.rules, rows, tokens, slots, fresh).values())
@@ -115,8 +119,9 @@ def compile_step(
         cost.flops,
         cost.bytes,
         {f.name: round(1e3 * getattr(cost.roofline, f.name), 4) for f in dataclasses.fields(cost.roofline)},
+        formula,
         tuple(got.collectives),
-        tuple(big_buffers(program, 2**20)[:8]),
+        tuple(big_buffers(program, weight_bytes(config, model.mesh, model.rules)["experts"] // count // 3)),
     )
 
 

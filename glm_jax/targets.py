@@ -63,6 +63,8 @@ GPUS = {  # compute capability, multiprocessors, L2 bytes, shared memory a block
     "h200": ((9, 0), 132, 50 << 20, 232_448, 128, 1.98),
     "b200": ((10, 0), 148, 132_644_864, 232_448, 128, 1.98),
 }
+# How many sides a slice has, and how many chips at the most: Google's page of each generation.
+SLICES = {"v4": (3, 4096), "v5e": (2, 256), "v5p": (3, 8960), "v6e": (2, 256), "7x": (3, 9216)}
 SPELLED = {"7x": "tpu7x"}  # where libtpu's name is another
 NO_TPU = {  # what a TPU machine says of itself
     "TPU_SKIP_MDS_QUERY": "1",
@@ -90,6 +92,14 @@ def devices(name: str) -> int:
     if not re.fullmatch(r"[1-9]\d*" if facts.platform == "cuda" else r"[1-9]\d*(x[1-9]\d*){1,2}(:[1-9]\d*)?", shape):
         example = "h100:16, a number of devices" if facts.platform == "cuda" else "v5p:2x2x4 or v6e:8x8, chips a side"
         raise UsageError(f"--topology {name}: write it as {example}")
+    if facts.platform == "cuda":
+        if int(shape) > facts.host and int(shape) % facts.host:
+            raise UsageError(f"--topology {name}: more than {facts.host} devices come in whole hosts of them")
+        return int(shape)
+    (sides, most), found = SLICES[kind], [int(n) for n in shape.partition(":")[0].split("x")]
+    if len(found) != sides or math.prod(found) > most:
+        text = f"a slice of {kind} has {sides} sides, as {'x'.join('2' * sides)}, and {most:,} chips at most"
+        raise UsageError(f"--topology {name}: {text}")
     return math.prod(map(int, re.split("[x:]", shape))) * (2 if kind == "7x" else 1)
 
 
@@ -137,8 +147,6 @@ def _gpus(name: str, kind: str, count: int) -> list[Any]:
             "nvidia-cuda-nvcc nvidia-nvvm absl-py"
         )
     hosts = -(-count // CHIPS[kind].host)
-    if hosts > 1 and count % CHIPS[kind].host:
-        raise UsageError(f"--topology {name}: more than {CHIPS[kind].host} devices come in whole hosts of them")
     (major, minor), cores, cache, shared, units, clock = GPUS[kind]
     target = f"""
 gpu_device_info {{

@@ -14,6 +14,7 @@ from glm_jax.errors import UsageError
 
 # From the outermost, which talks least and may cross slices and hosts, to the innermost, which talks in every matrix.
 AXES = ("data", "expert", "context", "tensor")
+DEVICES = 2**16  # of a mesh, at the most: more than any machine has
 EXPERTS = 32  # what every published GLM's number of experts divides by: 160 and 128
 
 
@@ -71,6 +72,8 @@ def mesh_sizes(spec: str) -> dict[str, int]:
             raise UsageError(f"--mesh {spec}: {name} is named twice")
         named.add(name)
         sizes[name] = int(size)
+    if (count := math.prod(sizes.values())) > DEVICES:
+        raise UsageError(f"--mesh {spec}: {count:,} devices, {DEVICES:,} at the most")
     return sizes
 
 
