@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from glm_jax.convert.native import hf_folder
 from glm_jax.errors import BadInput, MissingInput, NoSpace, UsageError
 
 # Configuration, tokenizer, templates and the weights' index. No pickles, which run code when loaded, and no code.
@@ -37,7 +38,7 @@ def fetch(
     if os.path.exists(path):
         if revision is not None:
             raise UsageError(f"{text}: a folder on this machine has no revision {revision!r}; that is for Hub ids")
-        return Path(path)
+        return hf_folder(Path(path))  # the one inside, of a folder that `convert` made
     if isinstance(name, Path) or not _is_id(text):
         shown = text if text and text.isprintable() else repr(text)
         raise MissingInput(

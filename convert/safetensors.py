@@ -13,7 +13,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -91,7 +91,7 @@ class Tensor:
             row = nbytes // shape[0] if shape[0] else 0
             shape, offset, nbytes = (stop - start, *shape[1:]), offset + start * row, (stop - start) * row
         out = np.empty(shape, DTYPES[self.dtype])
-        with _opened(self.file) as (fd, stamp):
+        with opened(self.file) as (fd, stamp):
             if stamp != self.stamp:
                 raise BadInput(
                     f"{self.file}: the file changed after its header was read ({self.stamp[0]:,} bytes then, "
@@ -99,7 +99,7 @@ class Tensor:
                 )
             if nbytes:
                 what = f"tensor {_show(self.name)}"
-                _read_exactly(fd, out.reshape(-1).view(np.uint8).data, offset, self.file, what)
+                read_exactly(fd, out.reshape(-1).view(np.uint8).data, offset, self.file, what)
         return out
 
 
@@ -110,12 +110,12 @@ def read_header(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     that differ from dtype and shape, bytes of the file that belong to no tensor or to two. MissingInput: no such file.
     """
     path = Path(path)
-    with _opened(path) as (fd, stamp):
+    with opened(path) as (fd, stamp):
         size = stamp[0]
         if size < 8:
             raise BadInput(f"{path}: {size} bytes are too few for a safetensors file, which begins with 8 of length")
         head = bytearray(8)
-        _read_exactly(fd, memoryview(head), 0, path, "the header's length")
+        read_exactly(fd, memoryview(head), 0, path, "the header's length")
         if head == b"version ":
             raise BadInput(f"{path}: this is a Git LFS pointer, not the weights: run `git lfs pull` in its repository")
         length = int.from_bytes(head, "little")
@@ -125,7 +125,7 @@ def read_header(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
                 f"possible in this file of {size:,}: truncated, or no safetensors file"
             )
         raw = bytearray(length)
-        _read_exactly(fd, memoryview(raw), 8, path, "the header")
+        read_exactly(fd, memoryview(raw), 8, path, "the header")
     if not raw.startswith(b"{"):
         raise BadInput(f"{path}: the header does not begin with '{{' but with {_show(bytes(raw[:16]))}")
     if max(raw.count(b"{"), raw.count(b"[") // 2) > _MAX_TENSORS + 2:  # before any object is made of them
@@ -150,6 +150,26 @@ def read_header(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
         amount = f"truncated by {end - size:,}" if size < end else f"{size - end:,} too many"
         raise BadInput(f"{path}: the file has {size:,} bytes, its header wants {end:,}: {amount}")
     return {tensor.name: tensor for tensor in tensors}, metadata
+
+
+def read_raw_header(path: Path) -> bytes:
+    """The header of a file as it stands there, its length in front; for one that `read_header` has checked."""
+    with opened(path) as (fd, _):
+        head = bytearray(8)
+        read_exactly(fd, memoryview(head), 0, path, "the header's length")
+        raw = bytearray(8 + int.from_bytes(head, "little"))
+        read_exactly(fd, memoryview(raw), 0, path, "the header")
+    return bytes(raw)
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A file that is a JSON object, no key twice; BadInput says `what` it should have been."""
+    with opened(path) as (fd, (size, _)):
+        if size > _MAX_HEADER:
+            raise BadInput(f"{path}: {size:,} bytes, {what} has at most {_MAX_HEADER:,}")
+        raw = bytearray(size)
+        read_exactly(fd, memoryview(raw), 0, path, what)
+    return _json(path, raw, what)
 
 
 def read_index(folder: Path) -> dict[str, str] | None:
@@ -288,7 +308,7 @@ def write_folder(
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[int, tuple[int, int]]]:
+def opened(path: Path) -> Iterator[tuple[int, tuple[int, int]]]:
     """A descriptor of a regular file, and the file's (size, mtime_ns). Without O_NONBLOCK a named pipe would hang."""
     real = _cached_blob(path) if os.path.islink(path) else path
     try:
@@ -328,7 +348,7 @@ def _cached_blob(path: Path) -> Path:
     )
 
 
-def _read_exactly(fd: int, into: memoryview, offset: int, path: Path, what: str) -> None:
+def read_exactly(fd: int, into: memoryview, offset: int, path: Path, what: str) -> None:
     done = 0
     while done < len(into):
         try:
@@ -400,12 +420,7 @@ def _tensor(path: Path, name: str, entry: Any, data: int, stamp: tuple[int, int]
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    with _opened(path) as (fd, stamp):
-        if stamp[0] > _MAX_HEADER:
-            raise BadInput(f"{path}: {stamp[0]:,} bytes, an index has at most {_MAX_HEADER:,}")
-        raw = bytearray(stamp[0])
-        _read_exactly(fd, memoryview(raw), 0, path, "the index")
-    where = _json(path, raw, "the index").get("weight_map")
+    where = read_json(path, "the index").get("weight_map")
     if type(where) is not dict or not where:
         raise BadInput(f"{path}: weight_map is not an object that gives each tensor's file: {_show(where)}")
     for name, file in where.items():
@@ -466,28 +481,34 @@ class _Entry:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-def _write_tensors(path: Path, entries: list[_Entry], metadata: Mapping[str, str] | None) -> None:
-    # Readers that map a file into memory need every tensor at a multiple of its own width: wide dtypes go first.
-    entries = sorted(entries, key=lambda entry: -DTYPES[entry.dtype].itemsize)
-    header: dict[str, Any] = {"__metadata__": dict({"format": "pt"} if metadata is None else metadata)}
+def header_bytes(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str], path: Path) -> bytes:
+    """The header of a file, its length in front, of tensors (name, dtype, shape) that lie in it one after the other.
+    Raises UsageError, with the file's `path`, for what the format cannot hold."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     if not all(map(_is_text, chain.from_iterable(header["__metadata__"].items()))):
         raise UsageError(f"{path}: metadata must be strings: {_show(header['__metadata__'])}")
     end = 0
-    for entry in entries:
-        if not _good_name(entry.name) or entry.name in header:
-            raise UsageError(f"{path}: {_show(entry.name)} cannot be a tensor's name: 1 to 512 bytes, printable, once")
-        header[entry.name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [end, end := end + entry.nbytes],
-        }
+    for name, dtype, shape in tensors:
+        if not _good_name(name) or name in header:
+            raise UsageError(f"{path}: {_show(name)} cannot be a tensor's name: 1 to 512 bytes, printable, once")
+        offsets = [end, end := end + math.prod(shape) * DTYPES[dtype].itemsize]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
     if not header["__metadata__"]:
         del header["__metadata__"]
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    if len(text) > _MAX_HEADER or len(entries) > _MAX_TENSORS:
-        raise UsageError(f"{path}: {len(entries):,} tensors are too many for one file: give a smaller shard size")
-    _write_bytes(path, 8 + len(text) + end, chain([len(text).to_bytes(8, "little") + text], map(_bytes_of, entries)))
+    if len(text) > _MAX_HEADER or len(tensors) > _MAX_TENSORS:
+        raise UsageError(f"{path}: {len(tensors):,} tensors are too many for one file: give a smaller shard size")
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_tensors(path: Path, entries: list[_Entry], metadata: Mapping[str, str] | None) -> None:
+    # Readers that map a file into memory need every tensor at a multiple of its own width: wide dtypes go first.
+    entries = sorted(entries, key=lambda entry: -DTYPES[entry.dtype].itemsize)
+    told = [(entry.name, entry.dtype, entry.shape) for entry in entries]
+    header = header_bytes(told, {"format": "pt"} if metadata is None else metadata, path)
+    nbytes = len(header) + sum(entry.nbytes for entry in entries)
+    _write_bytes(path, nbytes, chain([header], map(_bytes_of, entries)))
 
 
 def _bytes_of(entry: _Entry) -> memoryview:
@@ -505,20 +526,20 @@ def _write_bytes(path: Path, nbytes: int, chunks: Iterable[bytes | memoryview]) 
     _check_free(path)
     _check_space(path.parent, nbytes)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with _blamed_on(path, nbytes):
+    with blamed_on(path, nbytes):
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         try:
             for chunk in chunks:  # what makes a chunk may fail too, and that is not blamed on the disk
                 view = memoryview(chunk)
-                with _blamed_on(path, nbytes):
+                with blamed_on(path, nbytes):
                     while view:
                         view = view[os.write(fd, view[: 1 << 30]) :]
-            with _blamed_on(path, nbytes):
+            with blamed_on(path, nbytes):
                 os.fsync(fd)
         finally:
             os.close(fd)
-        with _blamed_on(path, nbytes):
+        with blamed_on(path, nbytes):
             os.replace(temporary, path)
             fd = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -531,7 +552,7 @@ def _write_bytes(path: Path, nbytes: int, chunks: Iterable[bytes | memoryview]) 
 
 
 @contextmanager
-def _blamed_on(path: Path, nbytes: int) -> Iterator[None]:
+def blamed_on(path: Path, nbytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -547,7 +568,7 @@ def _check_free(path: Path) -> None:
 
 
 def _check_space(folder: Path, nbytes: int) -> None:
-    with _blamed_on(folder, nbytes):
+    with blamed_on(folder, nbytes):
         free = shutil.disk_usage(folder).free
     if nbytes > free:
         raise NoSpace(f"{folder}: {nbytes:,} bytes are to be written, {free:,} are free: {nbytes - free:,} short")

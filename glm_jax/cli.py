@@ -8,13 +8,12 @@ import os
 import signal
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from glm_jax import __version__, processes
+from glm_jax import __version__, cli_convert, console, processes
 from glm_jax.errors import BadInput, GLMError, NoSpace, UsageError
 
 INTERRUPTED, IO_ERROR = 130, 74
@@ -377,6 +376,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--train", action="store_true", help="training, not generating")
     p.add_argument("--search", action="store_true", help="a table over all meshes of so many devices")
     p.add_argument("--compile", action="store_true", help="compile the steps for --topology and show XLA's own account")
+    cli_convert.add_verbs(add)
     return parser
 
 
@@ -482,39 +482,13 @@ def _load(args: argparse.Namespace):
     from glm_jax.loading import DEMO, load
 
     options = {key: getattr(args, key) for key in ("mesh", "rules", "dtype", "layers", "revision", "token", "offline")}
-    with _progress(args, "loading") as progress:
+    with console.progress("loading", args.quiet) as progress:
         model, tokenizer = load(args.model or DEMO, **options, progress=progress)
     if tokenizer is None:
         raise UsageError(
             f"{args.model}: this folder has no tokenizer.json, so there is no text; use generate_ids in Python"
         )
     return model, tokenizer
-
-
-@contextlib.contextmanager
-def _progress(args: argparse.Namespace, what: str):
-    """A bar on a terminal, if it takes more than a second; elsewhere a line every ten seconds."""
-    begin = last = time.monotonic()
-    if args.quiet:
-        yield None
-        return
-    if not sys.stderr.isatty():
-
-        def line(done: int, total: int):
-            nonlocal last
-            if time.monotonic() - last > 10:
-                last = time.monotonic()
-                _say(args, f"{what} {done / 2**30:.1f} of {total / 2**30:.1f} GiB")
-
-        yield line
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None, visible=False)
-        yield lambda done, total: bar.update(task, completed=done, total=total, visible=time.monotonic() - begin > 1)
 
 
 def _shared(read: Callable[[], str]) -> str:

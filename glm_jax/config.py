@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 
 from glm_jax.errors import BadInput, MissingInput, UsageError
+
+BFLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Config:
     tie_word_embeddings: bool
     eos_token_id: tuple[int, ...]  # () means that nothing stops a generation
     pad_token_id: int | None
-    dtype: jnp.dtype  # jnp.dtype("bfloat16"), not jnp.bfloat16: they are equal but hash differently
+    dtype: np.dtype  # BFLOAT16 or FLOAT32; jnp.bfloat16 is equal to it and hashes differently
 
     def __post_init__(self):
         wrong = [problem for bad, problem in _conflicts(self) if bad]
@@ -182,7 +185,7 @@ def _parse(raw: Mapping[str, Any], where: str) -> Config:
     if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
         found = " and ".join(map(repr, sorted(dtypes))) or "missing"
         raise BadInput(f"{where}: dtype (torch_dtype in older files) is {found}, not one of {', '.join(_DTYPES)}")
-    values["dtype"] = jnp.dtype(dtypes.pop())
+    values["dtype"] = {"bfloat16": BFLOAT16, "float32": FLOAT32}[dtypes.pop()]
     eos = raw.get("eos_token_id")
     values["eos_token_id"] = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
     values.setdefault("pad_token_id", None)
@@ -228,7 +231,7 @@ _GLM_4_6: dict[str, Any] = dict(
     tie_word_embeddings=False,
     eos_token_id=(151329, 151336, 151338),
     pad_token_id=151329,
-    dtype=jnp.dtype("bfloat16"),
+    dtype=BFLOAT16,
 )
 _AIR: dict[str, Any] = dict(
     hidden_size=4096,
@@ -275,6 +278,6 @@ def tiny(**changes: Any) -> Config:
         max_position_embeddings=512,
         eos_token_id=(),
         pad_token_id=None,
-        dtype=jnp.dtype("float32"),
+        dtype=FLOAT32,
     )
     return Config(**_GLM_4_6 | small | changes)

@@ -42,3 +42,9 @@ class DestinationError(GLMError, ValueError):
     """The place to write to exists and is not ours to overwrite."""
 
     exit_code = 73
+
+
+class Locked(GLMError):
+    """Somebody else is writing there now."""
+
+    exit_code = 75

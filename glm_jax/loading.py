@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax.config import Config
-from glm_jax.convert import hf
+from glm_jax.convert import hf, table
 from glm_jax.convert.hub import fetch
 from glm_jax.convert.safetensors import Tensor, read_folder, read_index
 from glm_jax.errors import BadInput, DestinationError, UsageError
@@ -122,8 +122,8 @@ def read_tensors(folder: Path, config: Config, wanted: Callable[[str], bool]) ->
     """The Config, without an MTP layer if the folder has none, and the tensors that are `wanted`, checked against each
     other; reads headers only, and none of files that hold nothing wanted."""
     tensors = {name: t for name, t in read_folder(folder, wanted).items() if wanted(name)}
-    config = hf.without_missing_mtp(config, tensors, folder)
-    hf.check(config, tensors, folder)
+    config = table.without_missing_mtp(config, tensors, folder)
+    table.check(config, tensors, folder)
     return config, tensors
 
 
@@ -148,12 +148,12 @@ def read_config(
     config, wanted = dataclasses.replace(config, eos_token_id=_stop_ids(folder, config)), lambda name: True
     if layers is not None:
         config = first_layers(config, layers)
-        wanted = set(hf.tensor_shapes(config)).__contains__
+        wanted = set(table.tensor_shapes(config)).__contains__
     indexed = read_index(folder)
     if indexed is not None:
         indexed = {name: file for name, file in indexed.items() if wanted(name)}
-        config = hf.without_missing_mtp(config, indexed, folder)
-        hf.check(config, dict.fromkeys(indexed), folder)
+        config = table.without_missing_mtp(config, indexed, folder)
+        table.check(config, dict.fromkeys(indexed), folder)
     return config, indexed, wanted
 
 

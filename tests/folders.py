@@ -1,4 +1,4 @@
-"""Small model folders for tests: random tensors under the names of hf.tensor_shapes, in any files and any dtype."""
+"""Small model folders for tests: random tensors under the names of table.tensor_shapes, in any files and any dtype."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from glm_jax import Config
 from glm_jax.config import tiny
-from glm_jax.convert import hf
+from glm_jax.convert import table
 from glm_jax.convert.safetensors import write
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -24,7 +24,7 @@ TEXT_STOPS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 def random_tensors(config: Config, seed: int = 0, mtp_copies: bool = False) -> dict[str, np.ndarray]:
     """What a checkpoint of this config holds, the router bias in float32; no bias is zero, no norm one."""
     rng, out = np.random.default_rng(seed), {}
-    for name, shape in hf.tensor_shapes(config, mtp_copies).items():
+    for name, shape in table.tensor_shapes(config, mtp_copies).items():
         x = rng.standard_normal(shape, np.float32)
         if name.endswith("norm.weight"):
             x = 1 + 0.3 * x

@@ -12,7 +12,7 @@ from flax import nnx
 
 from glm_jax import GLM, load
 from glm_jax.config import PRESETS, preset
-from glm_jax.convert import hf
+from glm_jax.convert import table
 from glm_jax.model import rope_angles, weight_path
 
 COUNTS = json.loads((golden.DATA / "param_counts.json").read_text())
@@ -90,7 +90,7 @@ def test_tensor_names_and_shapes(name):
     entry = {"glm-4.5-air": "glm-4.5-air", "glm-4.6": "glm-4.6"}.get(name, "glm-4.5 ")
     (want,) = [published(tensors) for title, tensors in MANIFEST.items() if title.startswith(entry)]
     assert len(want) == {"glm-4.5-air": 18329, "glm-4.6": 44689}.get(name, 44691)
-    assert hf.tensor_shapes(preset(name), mtp_copies=copies) == want
+    assert table.tensor_shapes(preset(name), mtp_copies=copies) == want
 
 
 def published(entry: dict) -> dict[str, tuple[int, ...]]:

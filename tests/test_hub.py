@@ -16,9 +16,9 @@ from huggingface_hub.utils import filter_repo_objects
 from glm_jax import load
 from glm_jax.cli import main
 from glm_jax.config import tiny
-from glm_jax.convert.hf import tensor_shapes
 from glm_jax.convert.hub import SMALL, fetch
 from glm_jax.convert.safetensors import read_folder, write
+from glm_jax.convert.table import tensor_shapes
 from glm_jax.errors import BadInput, GLMError, MissingInput, NoSpace, UsageError
 
 GB = 10**9

@@ -1,0 +1,151 @@
+"""Whether a converted checkpoint is what it was: structure, index and every byte."""
+
+import concurrent.futures
+import os
+import threading
+from pathlib import Path
+
+from glm_jax.convert import native
+from glm_jax.convert.conversion import WORKERS, Event, Watch, locked
+from glm_jax.convert.native import HF, SEAL, Manifest, index_files, manifest_name, seal_bytes, write_small
+from glm_jax.convert.planning import Part, plan, sha256
+from glm_jax.convert.safetensors import read_raw_header
+from glm_jax.convert.streaming import stream
+from glm_jax.errors import BadInput, GLMError, MissingInput
+
+
+def verify(
+    path: "str | Path",
+    structure: bool = False,
+    source: "str | Path | None" = None,
+    workers: int = WORKERS,
+    on_event: Event = lambda event: None,
+) -> Manifest:
+    """Checks a converted folder: the seal, every small file, Orbax's index against what it should be, the headers of
+    the shards, and, unless `structure`, every tensor against its SHA-256. A conversion that read nothing has none: the
+    first check records them. With `source` the original too is compared, as far as it has been kept as it was.
+
+    Raises BadInput with all that is wrong, MissingInput for a folder that is not there or was not converted."""
+    folder = Path(path).expanduser()
+    if not native.is_native(folder):
+        raise MissingInput(f"{folder}: no {SEAL}, so not made by glm-jax convert, or never finished")
+    manifest, small = native.read(folder)
+    problems = _structure(folder, manifest, small)
+    if source is not None:
+        facts = plan(source, _spelled(manifest.facts["dtype"]), manifest.facts["mtp"]).facts
+        for key in ("files", "beside"):
+            for name in sorted({*facts[key], *manifest.facts[key]}):
+                if facts[key].get(name) != manifest.facts[key].get(name):
+                    problems.append(f"{source}: {name} is not the file that was converted")
+    new = {}
+    if not structure and not problems:
+        new, problems = _bytes(folder, manifest, workers, on_event)
+        if source is not None and not problems:
+            problems = _same_as_source(Path(source).expanduser(), manifest, new, workers, on_event)
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise BadInput(f"{folder}: " + "; ".join(problems[:8]) + more)
+    if any(manifest.tensors[name].sha256 is None for name in new):
+        _record(folder, manifest, small, new)
+    on_event({"event": "done", "tensors": len(manifest.tensors), "root": manifest.root})
+    return manifest
+
+
+def _spelled(dtype: str | None) -> str | None:
+    return {"BF16": "bf16", "F32": "f32"}.get(dtype or "")
+
+
+def _structure(folder: Path, manifest: Manifest, small: dict[str, str]) -> list[str]:
+    problems = []
+    for name, want in small.items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            problems.append(f"{name} is missing")
+        elif sha256(path.read_bytes()) != want:
+            problems.append(f"{name} was changed")
+    for name, data in index_files(manifest).items():
+        if small.get(name) != sha256(data):
+            problems.append(f"{name} is not the index of these shards")
+    for name, facts in manifest.files.items():
+        path = folder / HF / name
+        if path.is_symlink() or not path.is_file():
+            problems.append(f"{HF}/{name} is missing")
+        elif path.stat().st_size != facts["size"]:
+            problems.append(f"{HF}/{name} has {path.stat().st_size:,} bytes, not {facts['size']:,}")
+        else:
+            try:
+                same = sha256(read_raw_header(path)) == facts["header"]
+            except GLMError:
+                same = False
+            problems += [] if same else [f"the header of {HF}/{name} was changed"]
+    known = {*small, SEAL, *(f"{HF}/{name}" for name in manifest.files)}
+    for at, _, files in os.walk(folder):
+        for name in files:
+            if (inside := str((Path(at) / name).relative_to(folder))) not in known:
+                problems.append(f"{inside} does not belong here")
+    return problems
+
+
+def _bytes(folder: Path, manifest: Manifest, workers: int, on_event: Event):
+    """({tensor: (SHA-256, wrong numbers)}, problems) of all shards."""
+    problems, new = [], {}
+
+    def found(done):
+        for part, digest, wrong in done:
+            new[part.name] = digest, wrong
+            if (want := manifest.tensors[part.name].sha256) is not None and want != digest:
+                problems.append(f"{part.name} in {manifest.tensors[part.name].file} is not what was recorded")
+
+    _stream_all(folder / HF, manifest, found, workers, on_event)
+    return new, sorted(problems)
+
+
+def _same_as_source(source: Path, manifest: Manifest, new, workers: int, on_event: Event) -> list[str]:
+    problems = []
+
+    def found(done):
+        problems.extend(f"{part.name} differs from {source}" for part, digest, _ in done if new[part.name][0] != digest)
+
+    _stream_all(source, manifest, found, workers, on_event)
+    return sorted(problems)
+
+
+def _stream_all(folder: Path, manifest: Manifest, found, workers: int, on_event: Event) -> None:
+    """Every shard that is the source's."""
+    parts: dict[str, list[Part]] = {}
+    for name, t in manifest.tensors.items():
+        if folder.name == "hf" or manifest.files[t.file]["verbatim"]:
+            parts.setdefault(t.file, []).append(Part(name, t.dtype, t.shape, t.offset, t.nbytes))
+    watch = Watch(sum(manifest.files[file]["size"] for file in parts), on_event)
+    stop = threading.Event()
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        one = lambda file: stream(
+            folder / file,
+            manifest.files[file]["size"],
+            sorted(parts[file], key=lambda p: (p.offset, p.nbytes)),
+            found,
+            watch.passed,
+            stop,
+        )
+        pending = [pool.submit(one, file) for file in sorted(parts)]
+        try:
+            for future in concurrent.futures.as_completed(pending):
+                future.result()
+        except BaseException:
+            stop.set()
+            raise
+
+
+def _record(folder: Path, manifest: Manifest, small: dict[str, str], new) -> None:
+    """Writes the digests: a new manifest beside the old one, then the seal that names it, then the old one goes."""
+    with locked(folder.resolve()):
+        for name, (digest, wrong) in new.items():
+            manifest.tensors[name].sha256, manifest.tensors[name].nonfinite = digest, wrong
+        data = manifest.to_bytes()
+        name = manifest_name(data)
+        old = [n for n in small if n.startswith("glm_manifest-") and n != name]
+        digests = {n: d for n, d in small.items() if n not in old} | {name: sha256(data)}
+        write_small(folder, {name: data})
+        write_small(folder, {SEAL: seal_bytes(name, digests)})
+        for n in old:
+            (folder / n).unlink(missing_ok=True)

@@ -1,0 +1,392 @@
+"""From a Hugging Face folder to one that Orbax restores, and whatever can happen on the way.
+
+All is written to a folder beside the destination, which gets its name when it is whole: a conversion that is killed, at
+any point, has made nothing that looks finished, and the same command goes on where it was."""
+
+import concurrent.futures
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from glm_jax.convert import native
+from glm_jax.convert.native import HF, SEAL, Manifest, Record, index_files, manifest_of, write_small
+from glm_jax.convert.planning import SCALES, Output, Part, Plan, differences, plan, sha256
+from glm_jax.convert.safetensors import blamed_on
+from glm_jax.convert.streaming import made_of, stream
+from glm_jax.errors import BadInput, DestinationError, Locked, NoSpace, UsageError
+
+STAGING, LOCK = ".glm-jax-staging", ".glm-jax-lock"
+WORKERS = 3  # that read, digest and write: more than processors, since each waits for the disk
+MODES = ("auto", "index", "copy", "repack")
+
+Event = Callable[[dict[str, Any]], None]
+
+
+def convert(
+    source: "str | Path",
+    target: "str | Path",
+    mode: str = "auto",
+    dtype: str | None = None,
+    mtp: str = "keep",
+    digest: bool = False,
+    nonfinite: str = "error",
+    workers: int = WORKERS,
+    dry_run: bool = False,
+    on_event: Event = lambda event: None,
+) -> Manifest:
+    """Makes of a Hugging Face folder one that stock Orbax restores on any mesh, `load` reads, and Hugging Face's tools
+    find their own folder in (state/hf). The same call again goes on where an earlier one ended.
+
+    `mode`: "index" links the shards and writes where the arrays lie in them; "copy" copies them, digesting every
+    tensor; "repack" writes them in another `dtype` ("bf16", "f32"); "auto" is the first of these that can be. `digest`
+    reads linked shards once, for their digests. `nonfinite`: "error" for NaN and infinities, or "record". `dry_run`
+    writes nothing. `on_event` is told dicts: {"event": "plan" | "progress" | "done", ...}.
+
+    Raises BadInput and MissingInput for a source that is not whole, before a byte is written; NoSpace, DestinationError
+    for a target that is not ours, of another plan or on a read-only disk, Locked."""
+    if nonfinite not in ("error", "record"):
+        raise UsageError(f"--nonfinite {nonfinite}: error or record")
+    if workers < 1:
+        raise UsageError(f"--workers {workers}: at least 1")
+    target = Path(os.path.abspath(Path(target).expanduser()))
+    made = plan(source, dtype, mtp)
+    if Path(os.path.abspath(made.source)) == target:
+        raise DestinationError(f"{target}: this is the source; give another folder")
+    chosen, why = _mode(made, mode, target)
+    manifest = manifest_of(made, chosen, why)
+    on_event({"event": "plan", "mode": chosen, "why": why, "tensors": len(manifest.tensors), "bytes": made.nbytes})
+    if already := _finished(target, manifest):
+        if digest and already.root is None and not dry_run:
+            from glm_jax.convert.checking import verify
+
+            already = verify(target, workers=workers, on_event=on_event)
+        on_event({"event": "done", "already": True, "root": already.root})
+        return already
+    writes = 0 if chosen == "index" else made.nbytes
+    check_space(target.parent, writes, target.with_name(target.name + STAGING))
+    if dry_run:
+        return manifest
+    with locked(target), staging(target, manifest.facts) as folder:
+        if folder is None:  # an earlier call was done, but for the name
+            return native.read(target)[0]
+        write_small(folder, {f"{HF}/{n}": _beside(made, n) for n in made.beside})
+        journal = Journal(folder, manifest.tensors)
+        watch = Watch(made.nbytes if chosen != "index" or digest else 0, on_event)
+        sources = {t.file.name: (t.file, t.stamp) for t in made.tensors.values()}
+        jobs = []
+        for output in made.outputs:
+            at = folder / HF / output.name
+            path, stamp = sources[output.name]
+            if chosen == "index":
+                _link(path, at)
+                if digest:
+                    jobs.append((path, output.size, output.parts, None, stamp))
+            else:
+                content = (
+                    path
+                    if output.verbatim
+                    else made_of(output.header, output.parts, made.tensors, made.scales, made.blocks)
+                )
+                jobs.append((content, output.size, output.parts, at, stamp if output.verbatim else None))
+        run(jobs, journal, watch, workers, nonfinite)
+        finish(folder, target, manifest)
+    on_event({"event": "done", "already": False, "root": manifest.root})
+    return manifest
+
+
+def _mode(made: Plan, mode: str, target: Path) -> tuple[str, str]:
+    """The mode, and why."""
+    if mode not in MODES:
+        raise UsageError(f"--mode {mode}: one of {', '.join(MODES)}")
+    if made.scales or not all(_keeps_dtypes(made, o) for o in made.outputs):
+        if mode not in ("auto", "repack"):
+            raise UsageError(f"--mode {mode} --dtype {made.dtype}: {mode} keeps every byte, another dtype needs repack")
+        return "repack", f"weights are stored anew as {made.dtype}"
+    if mode == "repack":
+        raise UsageError("--mode repack: everything would stay as it is; give the --dtype that it should be stored in")
+    if not all(o.verbatim for o in made.outputs):
+        mixed = next(o.name for o in made.outputs if not o.verbatim)
+        if mode == "index":
+            raise DestinationError(f"--mode index --mtp drop: {mixed} holds the MTP layer beside others: --mode copy")
+        return "copy", f"{mixed} holds the MTP layer, which is dropped, beside others"
+    if mode == "copy":
+        return "copy", "as asked for"
+    if trouble := _cannot_link(made, target):
+        if mode == "index":
+            raise DestinationError(f"--mode index: {trouble}: --mode copy, or a target beside the source")
+        return "copy", trouble
+    return "index", "the shards can be linked, so nothing is copied"
+
+
+def _keeps_dtypes(made: Plan, output: Output) -> bool:
+    return all(part.dtype == made.tensors[part.name].dtype for part in output.parts)
+
+
+def _cannot_link(made: Plan, target: Path) -> str:
+    """Why the shards cannot have a second name below the target's folder, "" if they can."""
+    parent = parent_of(target)
+    tensor = next(iter(made.tensors.values()))
+    path = tensor.file.resolve()
+    if os.stat(path).st_dev != os.stat(parent).st_dev:
+        return f"{parent} is on another file system than {path.parent}"
+    probe = parent / f".{target.name}.{os.getpid()}.glm-jax-probe"
+    try:
+        os.link(path, probe)
+    except OSError as error:
+        if error.errno in (errno.EROFS, errno.EACCES):
+            raise DestinationError(f"{parent}: cannot be written: {error.strerror}") from None
+        return f"{path.name} cannot be linked ({error.strerror})"
+    os.unlink(probe)
+    return ""
+
+
+def parent_of(target: Path) -> Path:
+    parent = target.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DestinationError(f"{parent}: cannot be made: {error.strerror}") from None
+    return parent
+
+
+def _beside(made: Plan, name: str) -> bytes:
+    data = made.beside[name]
+    data = (made.source / name).read_bytes() if data is None else data
+    if sha256(data) != made.facts["beside"][name]:
+        raise BadInput(f"{made.source / name}: the file changed while it was converted: do it again")
+    return data
+
+
+def _link(path: Path, at: Path) -> None:
+    if at.exists() and os.path.samestat(os.stat(at), os.stat(path)):
+        return
+    with blamed_on(at, 0):
+        at.unlink(missing_ok=True)
+        os.link(path.resolve(), at)
+
+
+def _finished(target: Path, manifest: Manifest) -> Manifest | None:
+    """The manifest of a target that is there, if it is of this plan; DestinationError if it is anything else."""
+    if not os.path.lexists(target):
+        return None
+    if not native.is_native(target):
+        if target.is_dir() and not any(target.iterdir()):
+            return None
+        raise DestinationError(f"{target}: is there already and was not made by convert; give another folder")
+    there, _ = native.read(target)
+    if there.facts != manifest.facts:
+        told = "; ".join(differences(there.facts, manifest.facts))
+        raise DestinationError(f"{target}: is a conversion of another plan ({told}); give another folder, or remove it")
+    return there
+
+
+def check_space(folder: Path, nbytes: int, staged: Path) -> None:
+    try:
+        status = os.statvfs(folder)
+    except OSError as error:
+        raise DestinationError(f"{folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise DestinationError(f"{folder}: cannot be written")
+    there = sum(f.stat().st_blocks * 512 for f in (staged / HF).glob("*")) if staged.is_dir() else 0
+    free = status.f_bavail * status.f_frsize + there
+    if nbytes > free:
+        raise NoSpace(f"{folder}: {nbytes:,} bytes are to be written, {free:,} are free: {nbytes - free:,} short")
+
+
+# ---- what copying conversions and exports share
+
+
+@contextlib.contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Holds the lock of a target. It goes with the process, however that ends."""
+    path = target.with_name(target.name + LOCK)
+    while True:
+        with blamed_on(path, 0):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            who = os.read(fd, 200).decode(errors="replace").strip() or "another process"
+            os.close(fd)
+            raise Locked(f"{target}: {who} is writing it now: wait for its end") from None
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(path), os.fstat(fd)):  # and not one that its owner has just removed
+                break
+        os.close(fd)
+    try:
+        os.ftruncate(fd, 0)
+        os.write(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def staging(target: Path, facts: Mapping[str, Any]) -> Iterator[Path | None]:
+    """The folder in which a target is made, bound to what makes it; None if it was whole and has its name now."""
+    folder = target.with_name(target.name + STAGING)
+    path, text = folder / "plan.json", json.dumps(facts, sort_keys=True).encode()
+    whole = (folder / SEAL).is_file()
+    if whole or path.is_file():
+        before = native.read(folder)[0].facts if whole else json.loads(path.read_bytes())
+        if told := differences(before, json.loads(text)):
+            raise DestinationError(
+                f"{folder}: was begun by another plan ({'; '.join(told)}): the same command as then goes on, "
+                f"or glm-jax gc {target.parent} removes it"
+            )
+        if whole:
+            _rename(folder, target)
+            yield None
+            return
+    elif os.path.lexists(folder) and any(folder.iterdir()):
+        shutil.rmtree(folder)  # from before the plan was written: there is nothing in it
+    with blamed_on(folder, 0):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / HF).mkdir(parents=True, exist_ok=True)
+        if not path.is_file():
+            write_small(folder, {"plan.json": text})
+    yield folder
+
+
+class Journal:
+    """Which tensors are done, on the disk before anything relies on it."""
+
+    def __init__(self, folder: Path, tensors: Mapping[str, Record]):
+        self.path, self.tensors, self.lock = folder / "journal.jsonl", tensors, threading.Lock()
+        known = self.path.read_bytes() if self.path.is_file() else b""
+        whole = known[: known.rfind(b"\n") + 1]  # a last line may be torn
+        for line in whole.splitlines():
+            name, digest, wrong = json.loads(line)
+            if name in tensors:
+                tensors[name].sha256, tensors[name].nonfinite = digest, wrong
+        with blamed_on(self.path, 0):
+            self.fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            os.ftruncate(self.fd, len(whole))
+            os.lseek(self.fd, 0, os.SEEK_END)
+
+    def add(self, found: Sequence[tuple[Part, str, int]]) -> None:
+        text = "".join(json.dumps([part.name, digest, wrong]) + "\n" for part, digest, wrong in found).encode()
+        with self.lock:
+            with blamed_on(self.path, len(text)):
+                os.write(self.fd, text)
+                os.fdatasync(self.fd)
+            for part, digest, wrong in found:
+                self.tensors[part.name].sha256, self.tensors[part.name].nonfinite = digest, wrong
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class Watch:
+    """Says how far the work is, a few times a second."""
+
+    def __init__(self, total: int, on_event: Event):
+        self.total, self.done, self.on_event, self.lock = total, 0, on_event, threading.Lock()
+        self.recent, self.said = [(time.monotonic(), 0)], 0.0
+
+    def passed(self, nbytes: int, tensor: str) -> None:
+        with self.lock:
+            self.done += nbytes
+            now = time.monotonic()
+            if now - self.said < 0.2 and self.done < self.total:
+                return
+            self.said = now
+            self.recent = [r for r in self.recent if now - r[0] < 10] or self.recent[-1:]
+            self.recent.append((now, self.done))
+            rate = (self.done - self.recent[0][1]) / max(now - self.recent[0][0], 1e-9)
+            event = {"event": "progress", "done": min(self.done, self.total), "total": self.total, "tensor": tensor}
+            event |= {"bytes_per_s": round(rate), "memory": resident()}
+            self.on_event(event | {"eta_s": round((self.total - self.done) / rate, 1) if rate else None})
+
+
+def resident() -> int:
+    """Bytes of memory that this process has; 0 where /proc does not say."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def run(jobs: Sequence[tuple], journal: Journal, watch: Watch, workers: int, nonfinite: str) -> None:
+    """Streams every (content, size, parts, target, stamp) that the journal does not have as done."""
+    stop = threading.Event()
+    known = journal.tensors
+
+    def one(job) -> None:
+        content, size, parts, at, stamp = job
+        if at is not None and not (at.is_file() and at.stat().st_size == size):
+            todo = list(parts)  # the journal may be of a file that is gone
+        else:
+            first = next((i for i, part in enumerate(parts) if known[part.name].sha256 is None), len(parts))
+            todo = list(parts[first:])
+        watch.passed(size - sum(p.nbytes for p in todo), parts[0].name if parts else "")
+        stream(content, size, todo, journal.add, watch.passed, stop, at, stamp)
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        pending = [pool.submit(one, job) for job in jobs]
+        try:
+            for future in concurrent.futures.as_completed(pending):
+                future.result()
+        except BaseException:
+            stop.set()
+            for future in pending:
+                future.cancel()
+            concurrent.futures.wait(pending)
+            raise
+        finally:
+            journal.close()
+    wrong = {name: t.nonfinite for name, t in known.items() if t.nonfinite}
+    if wrong and nonfinite == "error":
+        told = ", ".join(
+            f"{name} ({n:,} {'zero or ' * name.endswith(SCALES)}not finite)" for name, n in [*wrong.items()][:4]
+        )
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise BadInput(f"{told}{more}: --nonfinite record converts them all the same and counts them")
+
+
+def finish(folder: Path, target: Path, manifest: Manifest) -> None:
+    """Writes what makes the folder whole, the seal last, and gives it its name."""
+    small = index_files(manifest)
+    data = manifest.to_bytes()
+    small[native.manifest_name(data)] = data
+    digests = {name: sha256(content) for name, content in small.items()}
+    digests |= {f"{HF}/{name}": digest for name, digest in manifest.facts["beside"].items()}
+    write_small(folder, small)
+    write_small(folder, {SEAL: native.seal_bytes(native.manifest_name(data), digests)})
+    _rename(folder, target)
+
+
+def _rename(folder: Path, target: Path) -> None:
+    for name in os.listdir(folder):  # what the way here needed, and manifests of attempts that ended before the seal
+        sealed = json.loads((folder / SEAL).read_bytes())["files"]
+        if name in ("journal.jsonl", "plan.json") or name.startswith("glm_manifest-") and name not in sealed:
+            (folder / name).unlink()
+    native.sync_folders([folder, folder / HF])
+    with blamed_on(target, 0):
+        if target.is_dir():
+            target.rmdir()  # an empty one may be there
+        os.rename(folder, target)
+        native.sync_folders([target.parent])
+
+
+def gc(folder: "str | Path") -> list[Path]:
+    """Removes from a folder what conversions and exports have left that were begun and that nobody goes on with now.
+    Returns what was removed."""
+    removed = []
+    for path in sorted(Path(folder).expanduser().glob(f"*{STAGING}")):
+        with contextlib.suppress(Locked), locked(path.with_name(path.name.removesuffix(STAGING))):
+            shutil.rmtree(path)
+            removed.append(path)
+    return removed

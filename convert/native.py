@@ -1,0 +1,233 @@
+"""The folder that `convert` makes: one set of bytes, of which Hugging Face's tools and Orbax's each see their own.
+
+    state/hf/                       a Hugging Face folder: shards, index, config.json, tokenizer
+    state/manifest.ocdbt, state/d/  Orbax's arrays, as byte ranges of those shards
+    state/_METADATA, ...            what makes it an Orbax checkpoint
+    glm_manifest-*.json.gz          every tensor: where it is, its SHA-256, how many of its numbers are not finite
+    glm_seal.json                   the digest of every file but the shards; written last, it is what makes it whole
+
+Nothing here imports jax or orbax: what looks at checkpoints starts at once."""
+
+import dataclasses
+import gzip
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glm_jax.convert import ocdbt
+from glm_jax.convert.planning import FORMAT, Array, Plan, digest, sha256
+from glm_jax.errors import BadInput
+
+SEAL = "glm_seal.json"
+HF = "state/hf"
+_NODE = "d/index"
+_ZARR = {"BF16": "bfloat16", "F32": "float32", "F8_E4M3": "float8_e4m3fn"}
+_HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
+
+
+@dataclasses.dataclass(slots=True)
+class Record:
+    """One tensor: where it is, and, once it was read, its digest and how many of its numbers are not finite."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str  # in state/hf
+    offset: int
+    nbytes: int
+    sha256: str | None = None
+    nonfinite: int | None = None
+
+
+@dataclasses.dataclass
+class Manifest:
+    """What glm_manifest-*.json.gz holds."""
+
+    mode: str  # "index", "copy" or "repack"
+    why: str
+    facts: dict[str, Any]  # of the plan
+    files: dict[str, dict[str, Any]]  # shard -> size, header (its SHA-256), verbatim
+    tensors: dict[str, Record]
+    arrays: tuple[Array, ...]
+    aliases: dict[str, str]
+    dropped: tuple[str, ...]
+    left: tuple[str, ...]
+
+    @property
+    def root(self) -> str | None:
+        """The root of the Merkle tree over all tensors in the order of their names; None while a digest is missing."""
+        if any(t.sha256 is None for t in self.tensors.values()):
+            return None
+        leaf = lambda name, t: bytes.fromhex(sha256(b"\0" + name.encode() + b"\0" + bytes.fromhex(t.sha256)))
+        level = [leaf(name, t) for name, t in sorted(self.tensors.items())]
+        while len(level) > 1:
+            pairs = zip(level[::2], level[1::2], strict=False)
+            odd = level[-1:] if len(level) % 2 else []
+            level = [bytes.fromhex(sha256(b"\1" + a + b)) for a, b in pairs] + odd
+        return level[0].hex() if level else sha256(b"")
+
+    def to_bytes(self) -> bytes:
+        rest = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("tensors", "arrays")}
+        out = io.BytesIO()
+        with gzip.GzipFile(fileobj=out, mode="wb", compresslevel=1, mtime=0) as file:  # in parts: the text is long
+            dump = lambda value: json.dumps(value, separators=(",", ":")).encode()
+            file.write(dump(rest | {"root": self.root})[:-1] + b',"arrays":[')
+            for i, a in enumerate(self.arrays):
+                file.write(b"," * bool(i) + dump([a.path, a.dtype, a.shape, a.stacked, a.tensors]))
+            file.write(b'],"tensors":{')
+            for i, (name, t) in enumerate(self.tensors.items()):
+                values = [t.dtype, t.shape, t.file, t.offset, t.nbytes, t.sha256, t.nonfinite]
+                file.write(b"," * bool(i) + dump(name) + b":" + dump(values))
+            file.write(b"}}")
+        return out.getvalue()
+
+    @classmethod
+    def of_bytes(cls, data: bytes, where: Path) -> "Manifest":
+        try:
+            raw = json.loads(gzip.decompress(data))
+            raw.pop("root")
+            raw["tensors"] = {n: Record(t[0], tuple(t[1]), *t[2:]) for n, t in raw["tensors"].items()}
+            raw["arrays"] = tuple(Array(p, d, tuple(s), k, tuple(t)) for p, d, s, k, t in raw["arrays"])
+            return cls(**{**raw, "dropped": tuple(raw["dropped"]), "left": tuple(raw["left"])})
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInput(f"{where}: not a manifest of this version ({error}): convert again") from None
+
+
+def manifest_of(plan: Plan, mode: str, why: str) -> Manifest:
+    files = {o.name: {"size": o.size, "header": sha256(o.header), "verbatim": o.verbatim} for o in plan.outputs}
+    records = {p.name: Record(p.dtype, p.shape, o.name, p.offset, p.nbytes) for o in plan.outputs for p in o.parts}
+    return Manifest(
+        mode, why, plan.facts | {"mode": mode}, files, records, plan.arrays, plan.aliases, plan.dropped, plan.left
+    )
+
+
+def index_files(manifest: Manifest) -> dict[str, bytes]:
+    """Every small file that makes Orbax's arrays of the shards, by its path in the folder."""
+    shards = sorted(manifest.files)
+    number = {name: i for i, name in enumerate(shards)}
+    values: dict[str, bytes | ocdbt.Range] = {}
+    tree = {}
+    for array in manifest.arrays:
+        inner = array.shape[array.stacked :]
+        values[f"{array.path}/zarr.json"] = _zarr(array)
+        tail = "/0" * len(inner)
+        for at, name in zip(np.ndindex(*array.shape[: array.stacked]), array.tensors, strict=True):
+            t = manifest.tensors[name]
+            values[f"{array.path}/c{''.join(f'/{i}' for i in at)}{tail}"] = (number[t.file], t.offset, t.nbytes)
+        keys = tuple(array.path.split("."))
+        tree[str(keys)] = {
+            "key_metadata": [{"key": key, "key_type": 2} for key in keys],
+            "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False},
+        }
+    name = bytes.fromhex(digest(manifest.facts))[:16]
+    database = ocdbt.database(values, [f"hf/{shard}" for shard in shards], _NODE, name)
+    metadata = {
+        "tree_metadata": tree,
+        "use_ocdbt": True,
+        "use_zarr3": True,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+    checkpoint = {
+        "item_handlers": {"state": _HANDLER},
+        "metrics": {},
+        "performance_metrics": {},
+        "init_timestamp_nsecs": 1,
+        "commit_timestamp_nsecs": 2,
+        "custom_metadata": {"glm_jax": {"format": FORMAT, "mode": manifest.mode}},
+    }
+    return {f"state/{path}": data for path, data in database.items()} | {
+        "state/_METADATA": json.dumps(metadata, separators=(",", ":")).encode(),
+        "_CHECKPOINT_METADATA": json.dumps(checkpoint, separators=(",", ":")).encode(),
+        "orbax.checkpoint": b"",
+        "commit_success.txt": b"Checkpoint commit was successful\n",
+    }
+
+
+def _zarr(array: Array) -> bytes:
+    chunk = [1] * array.stacked + list(array.shape[array.stacked :])
+    facts = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": array.shape,
+        "data_type": _ZARR[array.dtype],
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+        "chunk_key_encoding": {"name": "default"},
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        "fill_value": 0.0,
+    }
+    return json.dumps(facts, separators=(",", ":")).encode()
+
+
+def seal_bytes(manifest_name: str, files: Mapping[str, str]) -> bytes:
+    """The seal of a folder with this manifest and these digests of small files."""
+    facts = {"format": FORMAT, "manifest": manifest_name, "files": dict(sorted(files.items()))}
+    return (json.dumps(facts, indent=1) + "\n").encode()
+
+
+def manifest_name(data: bytes) -> str:
+    return f"glm_manifest-{sha256(data)[:16]}.json.gz"
+
+
+def is_native(folder: "str | Path") -> bool:
+    return (Path(folder).expanduser() / SEAL).is_file()
+
+
+def read(folder: Path) -> tuple[Manifest, dict[str, str]]:
+    """The manifest of a folder, and the digests of its small files, both checked against the seal."""
+    path = folder / SEAL
+    try:
+        seal = json.loads(path.read_bytes())
+        name, files = seal["manifest"], seal["files"]
+        same = seal_bytes(name, files) == path.read_bytes() and seal["format"] == FORMAT and "/" not in name
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        same = False
+    if not same:
+        raise BadInput(f"{path}: is damaged, or of another version of glm_jax: convert again")
+    try:
+        data = (folder / name).read_bytes()
+    except OSError as error:
+        raise BadInput(f"{folder / name}: {error.strerror}; the seal names it") from None
+    if sha256(data) != files.get(name):
+        raise BadInput(f"{folder / name}: is not what the seal says: it was changed or is damaged")
+    return Manifest.of_bytes(data, folder / name), files
+
+
+def hf_folder(folder: Path) -> Path:
+    """The Hugging Face folder in a converted one, after a look at the seal and the sizes; any other folder as it is."""
+    if not is_native(folder):
+        return folder
+    manifest, _ = read(folder)
+    for name, facts in manifest.files.items():
+        path = folder / HF / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != facts["size"]:
+            raise BadInput(f"{path}: has {size} bytes, the manifest says {facts['size']:,}: glm-jax verify {folder}")
+    return folder / HF
+
+
+def write_small(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes small files and brings them to the disk, each whole or not at all."""
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    sync_folders({(folder / name).parent for name in files} | {folder})
+
+
+def sync_folders(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

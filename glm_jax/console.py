@@ -1,0 +1,31 @@
+"""What a person in front of a terminal sees while something takes long."""
+
+import contextlib
+import sys
+import time
+
+
+@contextlib.contextmanager
+def progress(what: str, quiet: bool = False):
+    """A bar on a terminal, if it takes more than a second; elsewhere a line every ten seconds."""
+    begin = last = time.monotonic()
+    if quiet:
+        yield None
+        return
+    if not sys.stderr.isatty():
+
+        def line(done: int, total: int):
+            nonlocal last
+            if time.monotonic() - last > 10:
+                last = time.monotonic()
+                print(f"{what} {done / 2**30:.1f} of {total / 2**30:.1f} GiB", file=sys.stderr)
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=time.monotonic() - begin > 1)
