@@ -88,6 +88,8 @@ def fill(folder: Path, gb: float) -> int:
     import numpy as np
 
     from glm_jax.config import preset
+    from glm_jax.convert.safetensors import write_folder
+    from glm_jax.convert.table import tensor_shapes
 
     layers = dict(num_hidden_layers=1 + max(1, round(gb / 2)), first_k_dense_replace=0, num_nextn_predict_layers=0)
     config = dataclasses.replace(preset("glm-4.6"), vocab_size=4096, n_routed_experts=32, **layers)

@@ -96,7 +96,7 @@ def _bytes(folder: Path, manifest: Manifest, workers: int, on_event: Event):
             if (want := manifest.tensors[part.name].sha256) is not None and want != digest:
                 problems.append(f"{part.name} in {manifest.tensors[part.name].file} is not what was recorded")
 
-    _stream_all(folder / HF, manifest, found, workers, on_event)
+    _stream_all(folder / HF, manifest, list(manifest.files), found, workers, on_event)
     return new, sorted(problems)
 
 
@@ -106,16 +106,17 @@ def _same_as_source(source: Path, manifest: Manifest, new, workers: int, on_even
     def found(done):
         problems.extend(f"{part.name} differs from {source}" for part, digest, _ in done if new[part.name][0] != digest)
 
-    _stream_all(source, manifest, found, workers, on_event)
+    kept = [name for name, facts in manifest.files.items() if facts["verbatim"]]
+    _stream_all(source, manifest, kept, found, workers, on_event)
     return sorted(problems)
 
 
-def _stream_all(folder: Path, manifest: Manifest, found, workers: int, on_event: Event) -> None:
-    """Every shard that is the source's."""
-    parts: dict[str, list[Part]] = {}
+def _stream_all(folder: Path, manifest: Manifest, files: list[str], found, workers: int, on_event: Event) -> None:
+    """The tensors of these shards, in a folder."""
+    parts: dict[str, list[Part]] = {file: [] for file in files}
     for name, t in manifest.tensors.items():
-        if folder.name == "hf" or manifest.files[t.file]["verbatim"]:
-            parts.setdefault(t.file, []).append(Part(name, t.dtype, t.shape, t.offset, t.nbytes))
+        if t.file in parts:
+            parts[t.file].append(Part(name, t.dtype, t.shape, t.offset, t.nbytes))
     watch = Watch(sum(manifest.files[file]["size"] for file in parts), on_event)
     stop = threading.Event()
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:

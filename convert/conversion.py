@@ -20,7 +20,7 @@ from typing import Any
 from glm_jax.convert import native
 from glm_jax.convert.native import HF, SEAL, Manifest, Record, index_files, manifest_of, write_small
 from glm_jax.convert.planning import SCALES, Output, Part, Plan, differences, plan, sha256
-from glm_jax.convert.safetensors import blamed_on
+from glm_jax.convert.safetensors import blamed_on, read_small
 from glm_jax.convert.streaming import made_of, stream
 from glm_jax.errors import BadInput, DestinationError, Locked, NoSpace, UsageError
 
@@ -75,7 +75,9 @@ def convert(
     check_space(target.parent, writes, target.with_name(target.name + STAGING))
     if dry_run:
         return manifest
-    with locked(target), staging(target, manifest.facts) as folder:
+    make_parent(target)
+    stamps = {t.file.name: list(t.stamp) for t in made.tensors.values()} if chosen != "index" else {}
+    with locked(target), staging(target, manifest.facts, stamps) as folder:
         if folder is None:  # an earlier call was done, but for the name
             return native.read(target)[0]
         write_small(folder, {f"{HF}/{n}": _beside(made, n) for n in made.beside})
@@ -87,7 +89,7 @@ def convert(
             at = folder / HF / output.name
             path, stamp = sources[output.name]
             if chosen == "index":
-                _link(path, at)
+                _link(path, at, stamp)
                 if digest:
                     jobs.append((path, output.size, output.parts, None, stamp))
             else:
@@ -133,7 +135,7 @@ def _keeps_dtypes(made: Plan, output: Output) -> bool:
 
 def _cannot_link(made: Plan, target: Path) -> str:
     """Why the shards cannot have a second name below the target's folder, "" if they can."""
-    parent = parent_of(target)
+    parent = next(p for p in target.parents if p.exists())
     tensor = next(iter(made.tensors.values()))
     path = tensor.file.resolve()
     if os.stat(path).st_dev != os.stat(parent).st_dev:
@@ -149,29 +151,29 @@ def _cannot_link(made: Plan, target: Path) -> str:
     return ""
 
 
-def parent_of(target: Path) -> Path:
-    parent = target.parent
+def make_parent(target: Path) -> None:
     try:
-        parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DestinationError(f"{parent}: cannot be made: {error.strerror}") from None
-    return parent
+        raise DestinationError(f"{target.parent}: cannot be made: {error.strerror}") from None
 
 
 def _beside(made: Plan, name: str) -> bytes:
     data = made.beside[name]
-    data = (made.source / name).read_bytes() if data is None else data
+    data = read_small(made.source / name) if data is None else data
     if sha256(data) != made.facts["beside"][name]:
         raise BadInput(f"{made.source / name}: the file changed while it was converted: do it again")
     return data
 
 
-def _link(path: Path, at: Path) -> None:
-    if at.exists() and os.path.samestat(os.stat(at), os.stat(path)):
-        return
+def _link(path: Path, at: Path, stamp: tuple[int, int]) -> None:
     with blamed_on(at, 0):
-        at.unlink(missing_ok=True)
-        os.link(path.resolve(), at)
+        if not (at.exists() and os.path.samestat(os.stat(at), os.stat(path))):
+            at.unlink(missing_ok=True)
+            os.link(path.resolve(), at)
+        status = os.stat(at)
+    if (status.st_size, status.st_mtime_ns) != stamp:
+        raise BadInput(f"{path}: the file changed while it was converted: do it again when nothing writes to it")
 
 
 def _finished(target: Path, manifest: Manifest) -> Manifest | None:
@@ -190,6 +192,7 @@ def _finished(target: Path, manifest: Manifest) -> Manifest | None:
 
 
 def check_space(folder: Path, nbytes: int, staged: Path) -> None:
+    folder = next(p for p in (folder, *folder.parents) if p.exists())
     try:
         status = os.statvfs(folder)
     except OSError as error:
@@ -233,14 +236,22 @@ def locked(target: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def staging(target: Path, facts: Mapping[str, Any]) -> Iterator[Path | None]:
-    """The folder in which a target is made, bound to what makes it; None if it was whole and has its name now."""
+def staging(target: Path, facts: Mapping[str, Any], stamps: Mapping[str, Any]) -> Iterator[Path | None]:
+    """The folder in which a target is made, bound to what makes it; None if it was whole and has its name now. What was
+    made of files with other stamps is not gone on with."""
     folder = target.with_name(target.name + STAGING)
-    path, text = folder / "plan.json", json.dumps(facts, sort_keys=True).encode()
-    whole = (folder / SEAL).is_file()
-    if whole or path.is_file():
-        before = native.read(folder)[0].facts if whole else json.loads(path.read_bytes())
-        if told := differences(before, json.loads(text)):
+    path, text = folder / "plan.json", json.dumps({"facts": facts, "stamps": stamps}, sort_keys=True).encode()
+    facts, stamps = json.loads(text).values()
+    whole, before, stamped = (folder / SEAL).is_file(), None, stamps
+    if whole:
+        before = native.read(folder)[0].facts
+    elif path.is_file():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # changed by hand: nothing that can be gone on with
+            before, stamped = (json.loads(path.read_bytes())[key] for key in ("facts", "stamps"))
+    if stamped != stamps:
+        shutil.rmtree(folder)
+    elif before is not None:
+        if told := differences(before, facts):
             raise DestinationError(
                 f"{folder}: was begun by another plan ({'; '.join(told)}): the same command as then goes on, "
                 f"or glm-jax gc {target.parent} removes it"
@@ -353,7 +364,9 @@ def run(jobs: Sequence[tuple], journal: Journal, watch: Watch, workers: int, non
             f"{name} ({n:,} {'zero or ' * name.endswith(SCALES)}not finite)" for name, n in [*wrong.items()][:4]
         )
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise BadInput(f"{told}{more}: --nonfinite record converts them all the same and counts them")
+        raise BadInput(
+            f"{told}{more}: --nonfinite record goes on from here and counts them; what was made stays beside the target"
+        )
 
 
 def finish(folder: Path, target: Path, manifest: Manifest) -> None:

@@ -15,7 +15,7 @@ from glm_jax.convert.conversion import (
     Watch,
     check_space,
     locked,
-    parent_of,
+    make_parent,
     run,
     staging,
 )
@@ -106,10 +106,11 @@ def _write(folder, target, manifest: Manifest, tensors, outputs, beside, exact, 
         return [target / name for name in names]
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise DestinationError(f"{target}: is there already and not empty; give another folder, or remove it")
-    parent_of(target)
+    make_parent(target)
     nbytes = sum(output.size for output in outputs)
     check_space(target.parent, nbytes, target)
-    with locked(target), staging(target, facts) as staged:
+    stamps = {t.file.name: list(t.stamp) for t in tensors.values()}
+    with locked(target), staging(target, facts, stamps) as staged:
         assert staged is not None  # an export has no seal
         records = {p.name: Record(p.dtype, p.shape, o.name, p.offset, p.nbytes) for o in outputs for p in o.parts}
         journal = _Checked(staged, records, manifest)

@@ -21,11 +21,13 @@ import numpy as np
 
 from glm_jax.convert import ocdbt
 from glm_jax.convert.planning import FORMAT, Array, Plan, digest, sha256
+from glm_jax.convert.safetensors import SHARD
 from glm_jax.errors import BadInput
 
 SEAL = "glm_seal.json"
 HF = "state/hf"
 _NODE = "d/index"
+_MOST_MANIFEST = 1 << 29  # bytes of a manifest's text: a hundred times GLM-4.6's
 _ZARR = {"BF16": "bfloat16", "F32": "float32", "F8_E4M3": "float8_e4m3fn"}
 _HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
 
@@ -88,10 +90,16 @@ class Manifest:
     @classmethod
     def of_bytes(cls, data: bytes, where: Path) -> "Manifest":
         try:
-            raw = json.loads(gzip.decompress(data))
+            with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+                text = file.read(_MOST_MANIFEST + 1)
+            if len(text) > _MOST_MANIFEST:
+                raise ValueError(f"more than {_MOST_MANIFEST:,} bytes")
+            raw = json.loads(text)
             raw.pop("root")
             raw["tensors"] = {n: Record(t[0], tuple(t[1]), *t[2:]) for n, t in raw["tensors"].items()}
             raw["arrays"] = tuple(Array(p, d, tuple(s), k, tuple(t)) for p, d, s, k, t in raw["arrays"])
+            if wrong := [n for n in raw["files"] if not SHARD.fullmatch(n)]:
+                raise ValueError(f"{wrong[0]!r} is not the bare name of a .safetensors file")
             return cls(**{**raw, "dropped": tuple(raw["dropped"]), "left": tuple(raw["left"])})
         except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{where}: not a manifest of this version ({error}): convert again") from None
@@ -183,7 +191,8 @@ def read(folder: Path) -> tuple[Manifest, dict[str, str]]:
     try:
         seal = json.loads(path.read_bytes())
         name, files = seal["manifest"], seal["files"]
-        same = seal_bytes(name, files) == path.read_bytes() and seal["format"] == FORMAT and "/" not in name
+        inside = all(not Path(n).is_absolute() and ".." not in Path(n).parts for n in (name, *files))
+        same = seal_bytes(name, files) == path.read_bytes() and seal["format"] == FORMAT and inside
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         same = False
     if not same:

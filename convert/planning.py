@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from glm_jax.config import Config
-from glm_jax.convert.safetensors import DTYPES, INDEX, Tensor, header_bytes, read_folder, read_json, read_raw_header
+from glm_jax.convert.safetensors import (
+    DTYPES,
+    INDEX,
+    Tensor,
+    header_bytes,
+    read_folder,
+    read_json,
+    read_raw_header,
+    read_small,
+)
 from glm_jax.convert.table import Row, copies, grouped, rows, without_missing_mtp
 from glm_jax.errors import BadInput, UsageError
 
@@ -132,7 +141,7 @@ def plan(source: "str | Path", dtype: str | None = None, mtp: str = "keep") -> P
             name: [path.stat().st_size, sha256(headers.get(name) or read_raw_header(path))]
             for name, path in files.items()
         },
-        "beside": {n: sha256((source / n).read_bytes() if b is None else b) for n, b in sorted(beside.items())},
+        "beside": {n: sha256(read_small(source / n) if b is None else b) for n, b in sorted(beside.items())},
     }
     return Plan(
         source,

@@ -55,7 +55,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000
 _MAX_TENSORS = 1_000_000
 _MAX_AXES = 32
-_SHARD = re.compile(r"[A-Za-z0-9._-]{1,200}\.safetensors")
+SHARD = re.compile(r"[A-Za-z0-9._-]{1,200}\.safetensors")
 _NUMBERED = re.compile(r"(model)-(\d+)-of-(\d+)\.safetensors")
 _FOREIGN = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz")
 
@@ -170,6 +170,14 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         raw = bytearray(size)
         read_exactly(fd, memoryview(raw), 0, path, what)
     return _json(path, raw, what)
+
+
+def read_small(path: Path) -> bytes:
+    """All of a small file; as with weights, no link is followed but the Hugging Face cache's own."""
+    with opened(path) as (fd, (size, _)):
+        raw = bytearray(size)
+        read_exactly(fd, memoryview(raw), 0, path, "the file")
+    return bytes(raw)
 
 
 def read_index(folder: Path) -> dict[str, str] | None:
@@ -426,7 +434,7 @@ def _read_index(path: Path) -> dict[str, str]:
     for name, file in where.items():
         if not _good_name(name):
             raise BadInput(f"{path}: tensor {_show(name)}: a name is 1 to 512 bytes of printable text")
-        if type(file) is not str or not _SHARD.fullmatch(file):
+        if type(file) is not str or not SHARD.fullmatch(file):
             raise BadInput(f"{path}: tensor {_show(name)}: {_show(file)} is not the bare name of a .safetensors file")
     return where
 
@@ -462,7 +470,7 @@ def _no_index(folder: Path, files: list[str], found: list[str]) -> MissingInput 
 
 def _some(names: list[str], most: int = 3) -> str:
     """The first few of many names, and how many more there are."""
-    shown = ", ".join(name if _SHARD.fullmatch(name) or name == INDEX else _show(name) for name in names[:most])
+    shown = ", ".join(name if SHARD.fullmatch(name) or name == INDEX else _show(name) for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 

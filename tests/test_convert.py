@@ -423,6 +423,40 @@ def test_a_begun_conversion_goes_on_by_the_same_plan_only(tmp_path, monkeypatch)
     assert verify(tmp_path / "to").root and not (tmp_path / ("to" + STAGING)).exists()
 
 
+def test_a_source_that_changed_meanwhile_is_begun_anew(tmp_path, monkeypatch):
+    folder = source(tmp_path / "hf")
+    monkeypatch.setattr("glm_jax.convert.conversion.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        convert(folder, tmp_path / "to", "copy")
+    monkeypatch.undo()
+    flip(folder / "mtp.safetensors", 8 * 100_000)
+    convert(folder, tmp_path / "to", "copy")
+    assert verify(tmp_path / "to", source=folder).root
+    assert tree_of(tmp_path / "to/state/hf")["mtp.safetensors"] == (folder / "mtp.safetensors").read_bytes()
+
+
+def test_a_source_that_changes_while_it_is_copied(tmp_path, monkeypatch):
+    folder, real = source(tmp_path / "hf"), streaming.read_exactly
+
+    def touched(fd, into, offset, path, what):
+        real(fd, into, offset, path, what)
+        os.utime(path)
+
+    monkeypatch.setattr(streaming, "read_exactly", touched)
+    with pytest.raises(BadInput, match="the file changed while it was converted"):
+        convert(folder, tmp_path / "to", "copy")
+    assert not (tmp_path / "to").exists()
+
+
+def test_no_link_is_followed_out_of_a_source(tmp_path):
+    folder = source(tmp_path / "hf")
+    (tmp_path / "secret").write_text("{}")
+    (folder / "generation_config.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(BadInput, match="a symbolic link to"):
+        convert(folder, tmp_path / "to")
+    assert sorted(os.listdir(tmp_path)) == ["hf", "secret"]
+
+
 def test_gc_removes_what_nobody_goes_on_with(tmp_path, monkeypatch):
     folder = source(tmp_path / "hf")
     monkeypatch.setattr("glm_jax.convert.conversion.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -610,6 +644,7 @@ def test_ctrl_c_leaves_what_the_same_command_goes_on_with(tmp_path):
     argv = [sys.executable, "-c", code, "convert", str(folder), str(tmp_path / "to"), "--mode", "copy"]
     child = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     while not (tmp_path / ("to" + STAGING) / "journal.jsonl").exists():
+        assert child.poll() is None, child.communicate()
         time.sleep(0.01)
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)
