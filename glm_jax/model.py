@@ -698,20 +698,23 @@ _TOGETHER = {
     "the experts' weights": ("experts", "expert_ffn"),
     "tokens and an expert's hidden units": ("batch", "seq", "expert_ffn"),
 }
-# Which dimensions an axis of the rules cuts.
+# Which dimensions an axis of the rules cuts, and of which weights.
 DIMENSIONS = {
-    "heads": ("num_attention_heads",),
-    "experts": ("n_routed_experts",),
-    "expert_ffn": ("moe_intermediate_size",),
-    "ffn": ("intermediate_size", "moe_intermediate_size"),  # of dense layers and of the shared expert
-    "vocab": ("vocab_size",),
-    "width": ("hidden_size",),
+    "heads": {"num_attention_heads": "attention's q and o"},
+    "experts": {"n_routed_experts": "the experts' gate_up and down"},
+    "expert_ffn": {"moe_intermediate_size": "the experts' gate_up and down"},
+    "ffn": {
+        "intermediate_size": "the dense layers' gate_up and down",
+        "moe_intermediate_size": "the shared expert's gate_up and down",
+    },
+    "vocab": {"vocab_size": "embedding and head"},
+    "width": {"hidden_size": "every matrix"},
 }
 
 
 def check_mesh(config: Config, mesh, rules: Rules) -> None:
     """Raises UsageError for rules that cannot be, naming what they cut twice, and for every dimension that its mesh
-    axes do not divide, with its size and theirs."""
+    axes do not divide, with its weights, its size and theirs."""
     for field in dataclasses.fields(rules):
         if unknown := [a for a in mesh_axes([getattr(rules, field.name)]) if a not in mesh.shape]:
             raise UsageError(f"the rule {field.name} names {unknown[0]!r}, the mesh has {', '.join(mesh.shape)}")
@@ -728,7 +731,7 @@ def check_mesh(config: Config, mesh, rules: Rules) -> None:
             f"the rules cut sequences over {apart[0]!r} ({apart[0]}={mesh.shape[apart[0]]}) and not the cache's slots: "
             f"seq={rules.seq!r} and slots={rules.slots!r}; name it in slots too, or in neither"
         )
-    if problems := list(dict.fromkeys(undivided(config, mesh, rules))):  # experts and the shared one have one width
+    if problems := list(undivided(config, mesh, rules)):
         raise UsageError(f"--mesh {describe(mesh)}: " + "; ".join(problems))
 
 
@@ -736,7 +739,7 @@ def undivided(config: Config, mesh, rules: Rules):
     """In words every dimension that its mesh axes do not divide, with the sizes nearest to theirs that would."""
     for axis, names in DIMENSIONS.items():
         size = axes_size(mesh, getattr(rules, axis))
-        for name in names:
+        for name, weights in names.items():
             fine = getattr(config, name) % size == 0
             if name == "num_attention_heads":  # and each device's queries must fall to whole KV heads of its cache
                 fine = fine and config.num_attention_heads % cached_heads(config, mesh, rules) == 0
@@ -745,7 +748,7 @@ def undivided(config: Config, mesh, rules: Rules):
                 fits = [n for n in range(1, 2 * size + 1) if value % n == 0]
                 near = [max(n for n in fits if n < size), *[n for n in fits if n > size][:1]]
                 near = " or ".join(map(str, near))
-                yield f"{name} {value:,} does not divide over {axes}={size}, the next that do are {near}"
+                yield f"{name} {value:,} does not divide over {axes}={size}, the next that do are {near} ({weights})"
 
 
 def _weight(model: GLM, shape, *axes, dtype=None, stacked=True):
