@@ -747,8 +747,8 @@ def undivided(config: Config, mesh, rules: Rules):
                 value, axes = getattr(config, name), "*".join(mesh_axes([getattr(rules, axis)]))
                 fits = [n for n in range(1, 2 * size + 1) if value % n == 0]
                 near = [max(n for n in fits if n < size), *[n for n in fits if n > size][:1]]
-                near = " or ".join(map(str, near))
-                yield f"{name} {value:,} does not divide over {axes}={size}, the next that do are {near} ({weights})"
+                near = f"do are {' or '.join(map(str, near))}" if len(near) > 1 else f"does is {near[0]}"
+                yield f"{name} {value:,} does not divide over {axes}={size}, the next that {near} ({weights})"
 
 
 def _weight(model: GLM, shape, *axes, dtype=None, stacked=True):

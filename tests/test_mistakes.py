@@ -650,7 +650,7 @@ def test_mtp_layer_absent(model, tmp_path, monkeypatch):
     assert len(caught) == 1 and loaded.mtp is None
     assert far(golden.look(loaded, IDS).logits[0], golden.GOLDEN[BIG]["logits"]) < CLOSE
     with monkeypatch.context() as patch:  # a loader that takes the config's word
-        patch.setattr(loading.hf, "without_missing_mtp", lambda config, *rest: config)
+        patch.setattr(loading.table, "without_missing_mtp", lambda config, *rest: config)
         with pytest.raises(BadInput, match="missing"):
             golden.one_device(tmp_path / "dropped")
     folder = golden.save(BIG, tmp_path)
@@ -672,7 +672,7 @@ def test_fp8_is_refused(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match=f"{name} is F8_E4M3, not BF16 or F32"):
         golden.one_device(folder)
     with monkeypatch.context() as patch:  # a loader that takes numbers of any kind, and knows of no scales
-        patch.setattr(loading.hf, "check", lambda *args: None)
+        patch.setattr(loading.table, "check", lambda *args: None)
         assert far(golden.look(golden.one_device(folder), IDS).logits[0], want) > 1
     said = golden.config_json(BIG) | {"quantization_config": {"quant_method": "compressed-tensors"}}
     (folder / "config.json").write_text(json.dumps(said))

@@ -21,7 +21,9 @@ from golden import mtp as mtp_logits
 import glm_jax.model as model_module
 from glm_jax import generate_ids, load, loss, save
 from glm_jax.config import tiny
+from glm_jax.convert import convert, export
 from glm_jax.convert.safetensors import read_folder
+from glm_jax.errors import DestinationError
 from glm_jax.loading import DEMO
 from glm_jax.model import rope_angles
 
@@ -220,3 +222,23 @@ def test_demo_checkpoint_in_transformers():
     ids = np.array([tokenizer.encode("def read(self, path):\n    return open(path).read()\n")])
     want, _, _ = hf.forward(reloaded(DEMO), ids)
     assert far(ours(ids)[0], want) < CLOSE
+
+
+@pytest.mark.parametrize("mode", ["index", "copy"])
+@pytest.mark.parametrize("name", ["transformers", "demo"])
+def test_what_was_converted_is_the_same_model_in_transformers(name, mode, tmp_path):
+    """The folder inside, the files as they were, and other shards: logits equal to the bit; and what we load of it."""
+    folder = DEMO if name == "demo" else hf.save(hf.build({}), tmp_path / "hf", mtp="file", shard="60KB")
+    tokens = hf.ids({}) % 100
+    want, _, _ = hf.forward(reloaded(folder), tokens)
+    try:
+        convert(folder, tmp_path / "to", mode)
+    except DestinationError:  # the package and the test's folder need not be on one file system
+        assert (name, mode) == ("demo", "index")
+        return
+    export(tmp_path / "to", tmp_path / "exact", exact=True)
+    export(tmp_path / "to", tmp_path / "shards", shard_bytes=200_000)
+    for at in ("to/state/hf", "exact", "shards"):
+        np.testing.assert_array_equal(hf.forward(reloaded(tmp_path / at), tokens)[0], want, at)
+    ours, _ = load(tmp_path / "to", mesh="expert=2", dtype="float32")
+    assert far(ours(tokens)[0], want) < CLOSE
