@@ -79,7 +79,9 @@ def convert(
     stamps = {t.file.name: list(t.stamp) for t in made.tensors.values()} if chosen != "index" else {}
     with locked(target), staging(target, manifest.facts, stamps) as folder:
         if folder is None:  # an earlier call was done, but for the name
-            return native.read(target)[0]
+            already = native.read(target)[0]
+            on_event({"event": "done", "already": True, "root": already.root})
+            return already
         write_small(folder, {f"{HF}/{n}": _beside(made, n) for n in made.beside})
         journal = Journal(folder, manifest.tensors)
         watch = Watch(made.nbytes if chosen != "index" or digest else 0, on_event)

@@ -101,7 +101,16 @@ class Manifest:
             if wrong := [n for n in raw["files"] if not SHARD.fullmatch(n)]:
                 raise ValueError(f"{wrong[0]!r} is not the bare name of a .safetensors file")
             return cls(**{**raw, "dropped": tuple(raw["dropped"]), "left": tuple(raw["left"])})
-        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (
+            OSError,
+            EOFError,
+            ValueError,
+            KeyError,
+            IndexError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise BadInput(f"{where}: not a manifest of this version ({error}): convert again") from None
 
 
@@ -193,7 +202,7 @@ def read(folder: Path) -> tuple[Manifest, dict[str, str]]:
         name, files = seal["manifest"], seal["files"]
         inside = all(not Path(n).is_absolute() and ".." not in Path(n).parts for n in (name, *files))
         same = seal_bytes(name, files) == path.read_bytes() and seal["format"] == FORMAT and inside
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         same = False
     if not same:
         raise BadInput(f"{path}: is damaged, or of another version of glm_jax: convert again")

@@ -92,11 +92,6 @@ class Plan:
         """Of all files of weights that are made."""
         return sum(output.size for output in self.outputs)
 
-    @property
-    def verbatim(self) -> bool:
-        """Whether every file of weights stays what it is."""
-        return all(output.verbatim for output in self.outputs)
-
 
 def plan(source: "str | Path", dtype: str | None = None, mtp: str = "keep") -> Plan:
     """The conversion of a Hugging Face folder. `dtype`: "bf16" or "f32", which all weights but the routers' biases get
