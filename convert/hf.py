@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -13,13 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax import processes
-from glm_jax.convert.safetensors import Tensor, write_folder
+from glm_jax.convert.safetensors import DTYPES, Tensor, write_folder
 from glm_jax.convert.table import Row, file_order, rows
+from glm_jax.errors import UsageError
 from glm_jax.model import GLM, fill, weight_path
 from glm_jax.processes import everywhere, exchange
 from glm_jax.sharding import auto
 
-WHOLE = 256 << 20  # bytes up to which what is read of a weight at once is all of it, not a layer
+WHOLE = 256 << 20  # bytes that several processes hold at once of a weight that one of them writes
+MEMORY = 1 << 30  # bytes of host memory for weights on their way to devices
+PIECE = 16 << 20  # bytes that are read at once, at most
+_LEAST = 1 << 16  # and at least
 
 
 def load_weights(
@@ -27,9 +31,11 @@ def load_weights(
     tensors: Mapping[str, Tensor],
     progress: Callable[[int], None] = lambda nbytes: None,
     workers: int = 8,
+    memory: int = MEMORY,
 ) -> GLM:
-    """Fills an abstract model from checked tensors: each device gets its own byte ranges, a layer at a time, so that
-    no more than one layer of one weight is in host memory. `progress` is told the bytes of each part put in place."""
+    """Fills an abstract model from checked tensors: each device gets its own byte ranges, through at most `memory`
+    bytes of the host's; of devices that are the host itself each is read where it stays. `progress` is told the bytes
+    of each piece that was read. Raises UsageError for a `memory` that is too small to read anything."""
     by_path = {row.path: row for row in rows(model.config)}
     biases = [name for path, row in by_path.items() if path.endswith("mlp.bias") for name, _ in row.tensors()]
     if narrow := [name for name in biases if tensors[name].dtype != "F32"]:
@@ -38,83 +44,157 @@ def load_weights(
             "but what the rounding cost is lost and some tokens may choose other experts",
             stacklevel=3,
         )
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        place = lambda path, leaf: _place(by_path[weight_path(path)], leaf, tensors, pool, progress)
+    piece = min(PIECE, memory // (2 * workers))  # of which each worker may hold one, to cut columns out of it
+    if piece < _LEAST:
+        raise UsageError(f"memory: {memory:,} bytes for {workers} readers; at least {2 * workers * _LEAST:,}")
+    budget = memory - workers * piece
+    pool = concurrent.futures.ThreadPoolExecutor(workers)
+    try:
+        place = lambda path, leaf: _place(by_path[weight_path(path)], leaf, tensors, pool, progress, budget, piece)
         return fill(model, place)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def bytes_to_read(model: GLM) -> int:
-    """How many bytes of weights, in the model's dtype, this process reads for its devices."""
+def bytes_to_read(model: GLM, tensors: Mapping[str, Tensor]) -> int:
+    """How many bytes of weights this process reads for its devices."""
     by_path, total = {row.path: row for row in rows(model.config)}, 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):
-        for spans in _readings(by_path[weight_path(path)], leaf):
-            whole = (*(stop - start for start, stop in spans), *leaf.shape[len(spans) :])
-            total += math.prod(whole) * leaf.dtype.itemsize
+        row = by_path[weight_path(path)]
+        width = DTYPES[tensors[row.tensor(*(0 for _ in row.stacked))].dtype].itemsize
+        for spans in _readings(row, leaf):
+            total += math.prod((*(stop - start for start, stop in spans), *leaf.shape[len(spans) :])) * width
     return total
 
 
 def _readings(row: Row, leaf) -> dict[tuple, dict[tuple, list[jax.Device]]]:
     """What is to be read of a weight for this process's devices: blocks, and of each the columns that devices hold.
     What several devices hold is read once, and so are rows of which each holds some columns."""
-    columns = len(row.axes[-1]) if len(row.axes) > 1 else 0  # so many of our axes, the last ones
+    columns = _columns(row)
     readings: dict[tuple, dict[tuple, list[jax.Device]]] = {}
     for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
-        spans = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, leaf.shape, strict=True))
-        rows, cut = spans[: len(spans) - columns], spans[len(spans) - columns :]
         # Slices are no keys in Python 3.11.
-        key = tuple((s.start, s.stop) for s in rows), tuple((s.start, s.stop) for s in cut)
-        readings.setdefault(key[0], {}).setdefault(key[1], []).append(device)
+        spans = tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
+        rows, cut = spans[: len(spans) - columns], spans[len(spans) - columns :]
+        readings.setdefault(rows, {}).setdefault(cut, []).append(device)
     return readings
 
 
-def _place(row: Row, leaf, tensors, pool, progress) -> jax.Array:
-    """One weight on its devices."""
-    shards = []
-    for spans, parts in _readings(row, leaf).items():
-        index = (*itertools.starmap(slice, spans), *(slice(0, n) for n in leaf.shape[len(spans) :]))
-        cuts = [((..., *itertools.starmap(slice, cut)), device) for cut, to in parts.items() for device in to]
-        shards += _put(row, index, leaf.dtype, cuts, tensors, pool, progress)
+def _columns(row: Row) -> int:
+    """How many of our axes, the last ones, are columns of the tensors, which lie apart in the file."""
+    return len(row.axes[-1]) if len(row.axes) > 1 else 0
+
+
+def _place(row: Row, leaf, tensors, pool, progress, budget: int, piece: int) -> jax.Array:
+    """One weight on its devices: each has its shard whole, or in parts of which the host holds no more than `budget`
+    bytes at once."""
+    readings, shape = _readings(row, leaf), leaf.sharding.shard_shape(leaf.shape)
+    several = sum(map(len, readings.values()))  # shards that differ
+    most = math.prod(shape) if _is_host(readings) else budget // several // leaf.dtype.itemsize
+    n = len(row.stacked) + (len(row.axes) > 1)  # a shard may be cut along these axes, which are rows of tensors
+    chunks = list(_chunks(shape[:n], max(1, most // math.prod(shape[n:]))))
+    count, stack = len(leaf.sharding.addressable_devices), None
+    wide = lambda size: (*size[:-1], size[-1] * count)
+    for chunk in chunks:
+        devices, put = _part(row, leaf, readings, chunk, tensors, pool, progress, piece)
+        if len(chunks) == 1:
+            return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, put)
+        sharding = _side_by_side(devices, len(shape))
+        part = jax.make_array_from_single_device_arrays(wide(put[0].shape), sharding, put)
+        if stack is None:
+            stack = jnp.zeros(wide(shape), leaf.dtype, device=sharding)
+        stack = _insert(stack, part, (*(s.start for s in chunk), *(0 for _ in shape[n:])))
+        jax.block_until_ready(stack)
+        del put, part  # before more of the host's memory is taken
+    assert stack is not None
+    shards = [shard.data for shard in stack.addressable_shards]
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
 
 
-def _put(row: Row, index, dtype, cuts, tensors, pool, progress) -> list[jax.Array]:
-    """Reads the block `index` and puts of it what each of `cuts` (columns, device) says."""
-    if not row.stacked or math.prod(s.stop - s.start for s in index) * dtype.itemsize <= WHOLE:
-        part = _read(row, index, dtype, tensors, pool)
-        progress(part.nbytes)
-        return [jax.device_put(part[cut], device) for cut, device in cuts]
-    layers = range(index[0].start, index[0].stop)
-    shards: list[jax.Array] = []
-    for i, layer in enumerate(layers):
-        part = _read(row, (slice(layer, layer + 1), *index[1:]), dtype, tensors, pool)
-        if not shards:
-            shards = [_zeros((len(layers), *part[cut].shape[1:]), dtype, device) for cut, device in cuts]
-        put = [jax.device_put(part[cut], device) for cut, device in cuts]
-        shards = [_insert(*pair, i) for pair in zip(shards, put, strict=True)]
-        progress(part.nbytes)
-    return shards
+def _is_host(readings) -> bool:
+    """Whether the memory of the devices is the host's own."""
+    return all(d.platform == "cpu" for cuts in readings.values() for devices in cuts.values() for d in devices)
 
 
-def _zeros(shape, dtype, device):
-    with jax.default_device(device):  # made there; a new jit for each would compile each time
-        return jnp.zeros(shape, dtype)
+def _part(row: Row, leaf, readings, chunk, tensors, pool, progress, piece) -> tuple[list[jax.Device], list[jax.Array]]:
+    """The same part of the shards of all devices: `chunk` says which, along the first axes."""
+    n, host, jobs = len(chunk), {}, []
+    for spans, cuts in readings.items():
+        at = [slice(a + s.start, a + s.stop) for (a, _), s in zip(spans, chunk, strict=False)]
+        at += itertools.starmap(slice, spans[n:])
+        buffers = []
+        for cut, devices in cuts.items():
+            index = [*at, *itertools.starmap(slice, cut)]
+            buffer = _aligned([s.stop - s.start for s in index], leaf.dtype)
+            buffers.append((buffer, index))
+            host |= dict.fromkeys(devices, buffer)
+        jobs += _jobs(row, buffers, tensors, piece)
+    for nbytes in pool.map(lambda job: job(), jobs):
+        progress(nbytes)
+    return list(host), [jax.device_put(buffer, device) for device, buffer in host.items()]
 
 
-_insert = jax.jit(lambda stack, part, at: jax.lax.dynamic_update_slice_in_dim(stack, part, at, 0), donate_argnums=0)
+def _chunks(shape: tuple[int, ...], most: int) -> Iterator[tuple[slice, ...]]:
+    """Blocks of at most so many elements, or of one, that together are all of a shape, in C order."""
+    axis = next(i for i in range(len(shape) + 1) if math.prod(shape[i:]) <= most or i == len(shape))
+    if axis:  # the axes from here on are whole, the one before in stretches, those before that one by one
+        axis -= 1
+        size = max(1, most // math.prod(shape[axis + 1 :]))
+        whole = tuple(slice(0, n) for n in shape[axis + 1 :])
+        for at in np.ndindex(*shape[:axis]):
+            for start in range(0, shape[axis], size):
+                stretch = slice(start, min(start + size, shape[axis]))
+                yield (*(slice(i, i + 1) for i in at), stretch, *whole)
+    else:
+        yield tuple(slice(0, n) for n in shape)
 
 
-def _read(row: Row, index, dtype, tensors, pool) -> np.ndarray:
-    """The block `index` of a weight, whole in its columns, read tensor by tensor in parallel."""
-    n = len(row.stacked)
-    out = np.empty([s.stop - s.start for s in index], dtype)
-    rows = row.cut(index[n:])[0]
+def _aligned(shape, dtype) -> np.ndarray:
+    """An empty array that a device which is the host takes as it is: XLA wants 64 bytes."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
 
-    def one(at):
-        tensor = tensors[row.tensor(*(s.start + i for s, i in zip(index, at, strict=False)))]
-        out[at] = tensor.read(rows).reshape(out.shape[n:]).astype(dtype, copy=False)
 
-    list(pool.map(one, np.ndindex(*out.shape[:n])))
-    return out
+def _jobs(row: Row, buffers, tensors, piece: int) -> Iterator[Callable[[], int]]:
+    """Calls that each read so many bytes of a tensor into the buffers that have them, and return how many. `buffers` are
+    (array, where it lies in the weight), and differ in their columns alone."""
+    n, index, flat = len(row.stacked), buffers[0][1], []
+    rows = row.cut(tuple(index[n:]))[0]
+    for buffer, at in buffers:
+        _, *cuts = row.cut(tuple(at[n:]))
+        flat.append((buffer.reshape(*buffer.shape[:n], -1, *(c.stop - c.start for c in cuts)), cuts))
+    row_bytes = tensors[row.tensor(*(0 for _ in row.stacked))].nbytes // row.tensor_shape[0]
+    step = max(1, piece // row_bytes)
+    for stacked in np.ndindex(*(s.stop - s.start for s in index[:n])):
+        tensor = tensors[row.tensor(*(s.start + i for s, i in zip(index, stacked, strict=False)))]
+        for start in range(rows.start, rows.stop, step):
+            stop = min(start + step, rows.stop)
+            here = (*stacked, slice(start - rows.start, stop - rows.start))
+            yield functools.partial(_read, tensor, slice(start, stop), [(buffer[here], cuts) for buffer, cuts in flat])
+
+
+def _read(tensor: Tensor, rows: slice, to) -> int:
+    """Reads these rows of a tensor into arrays, each of some of the columns and perhaps of another dtype."""
+    (only, cuts), *others = to
+    if not others and only.dtype == DTYPES[tensor.dtype] and only.shape[1:] == tensor.shape[1:]:
+        return tensor.read(rows, only).nbytes
+    data = tensor.read(rows)
+    for part, cuts in to:
+        part[...] = data[(slice(None), *cuts)]
+    return data.nbytes
+
+
+def _side_by_side(devices: list[jax.Device], ndim: int) -> jax.NamedSharding:
+    """Arrays of one shape as one, along the last axis, so that one program fills all of this process's shards."""
+    mesh = jax.sharding.Mesh(np.array(devices), ("shard",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.NamedSharding(mesh, jax.P(*(None,) * (ndim - 1), "shard"))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _insert(stack, part, at):
+    return jax.lax.dynamic_update_slice(stack, part, at)
 
 
 def save_weights(model: GLM, folder: str | Path, shard_bytes: int = 5_000_000_000) -> list[Path]:

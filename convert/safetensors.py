@@ -76,8 +76,9 @@ class Tensor:
     nbytes: int
     stamp: tuple[int, int] = field(repr=False, compare=False)  # size and mtime_ns of the file its header was read from
 
-    def read(self, rows: slice | None = None) -> np.ndarray:
-        """Reads rows [start, stop) of axis 0, or all, into a new array; any number of threads may read at once.
+    def read(self, rows: slice | None = None, out: np.ndarray | None = None) -> np.ndarray:
+        """Reads rows [start, stop) of axis 0, or all, into a new array or a contiguous one of their shape and dtype;
+        any number of threads may read at once.
 
         The file is opened for each read, so no descriptor is shared, kept or run out of. Raises BadInput if the file
         ends early or is not the one whose header was read, UsageError for rows the tensor does not have.
@@ -90,7 +91,8 @@ class Tensor:
                 raise UsageError(f"{self.file}: tensor {_show(self.name)} has {shape[0]} rows, not {rows}")
             row = nbytes // shape[0] if shape[0] else 0
             shape, offset, nbytes = (stop - start, *shape[1:]), offset + start * row, (stop - start) * row
-        out = np.empty(shape, DTYPES[self.dtype])
+        out = np.empty(shape, DTYPES[self.dtype]) if out is None else out
+        assert out.shape == shape and out.dtype == DTYPES[self.dtype] and out.flags.c_contiguous
         with opened(self.file) as (fd, stamp):
             if stamp != self.stamp:
                 raise BadInput(

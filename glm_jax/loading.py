@@ -36,13 +36,15 @@ def load(
     revision: str | None = None,
     token: str | None = None,
     offline: bool = False,
+    memory: int = hf.MEMORY,
     progress: "Callable[[int, int], None] | None" = None,
 ) -> "tuple[GLM, Tokenizer | None]":
     """The model and the tokenizer (None if there is none) of a folder or a Hub id.
 
     `mesh` as in "expert=4,tensor=2", default: all devices, experts spread as far as they go. `dtype` ("bfloat16" or
     "float32") of weights and compute, default as stored; the router bias stays float32. `layers=N` reads the first N
-    layers only. `progress(done, total)` is told bytes. Everything is checked, the memory too, before a weight is read.
+    layers only. `memory` is how many bytes of the host's hold weights on their way to devices, at most; what is read
+    for devices that are the host is read in place. `progress(done, total)` is told bytes. Everything is checked, the memory too, before a weight is read.
     Raises BadInput, MissingInput, NoSpace or UsageError, each with one line that says what to change."""
     options: dict[str, Any] = {"revision": revision, "token": token, "offline": offline}
     devices = jax.devices()  # of several processes the first to ask waits for the others
@@ -77,7 +79,7 @@ def load(
     if tokenizer:
         tokenizer.stop_ids = config.eos_token_id
         model.token_limit = tokenizer.size
-    total = hf.bytes_to_read(model)
+    total = hf.bytes_to_read(model, tensors)
     done = 0
 
     def report(nbytes: int):
@@ -87,7 +89,7 @@ def load(
             progress(done, total)
 
     with agreed():
-        return hf.load_weights(model, tensors, report), tokenizer
+        return hf.load_weights(model, tensors, report, memory=memory), tokenizer
 
 
 def _check_same(*what: Any) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import warnings
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -99,14 +100,18 @@ def test_rules_change_where_weights_lie_and_not_what_they_are(folder, rules):
 
 
 @pytest.mark.parametrize("cut", [pytest.param("data=2,expert=2,tensor=2", marks=pytest.mark.slow), "tensor=4"])
-@pytest.mark.parametrize("whole", [hf.WHOLE, pytest.param(0, marks=pytest.mark.slow)], ids=["whole", "by layer"])
-def test_every_byte_is_read_once(cut, whole, folder, monkeypatch):
+@pytest.mark.parametrize("parts", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "in parts"])
+def test_every_byte_is_read_once(cut, parts, folder, monkeypatch):
     seen, read = [], Tensor.read
-    monkeypatch.setattr(hf, "WHOLE", whole)
     monkeypatch.setattr(
-        Tensor, "read", lambda t, rows=None: (seen.append((t.name, (out := read(t, rows)).nbytes)), out)[1]
+        Tensor,
+        "read",
+        lambda t, rows=None, out=None: (seen.append((t.name, (a := read(t, rows, out)).nbytes)), a)[1],
     )
-    model, _ = load(folder, mesh=cut)
+    if parts:
+        monkeypatch.setattr(hf, "_is_host", lambda readings: False)
+    monkeypatch.setattr(hf, "_LEAST", 1)
+    model, _ = load(folder, mesh=cut, memory=40_000)
     total = collections.Counter()
     for name, nbytes in seen:
         total[name] += nbytes
@@ -144,14 +149,43 @@ def test_every_weight_gets_its_own_tensor(folder):
     assert np.array_equal(w["mtp.layer.mlp.shared.down"][0], t[MTP + "mlp.shared_experts.down_proj.weight"])
 
 
-def test_placing_layer_by_layer_is_the_same(folder, monkeypatch):
-    cut = "expert=2"
-    whole = load(folder, mesh=cut)[0]
+@pytest.mark.parametrize("cut", ["expert=2", "expert=2,tensor=2", "data=2,expert=2,tensor=2"])
+def test_in_parts_within_a_budget_it_is_the_same(folder, monkeypatch, cut):
+    """As on a device with memory of its own: what the host holds of the weights stays below what it may."""
+    whole, memory, held, most = load(folder, mesh=cut)[0], 20_000, [], []
+    aligned = hf._aligned
+
+    def counted(shape, dtype):
+        raw = aligned(shape, dtype)
+        held.append(weakref.ref(raw))
+        most.append(sum(r.nbytes for ref in held if (r := ref()) is not None))
+        return raw
+
+    monkeypatch.setattr(hf, "_aligned", counted)
+    monkeypatch.setattr(hf, "_is_host", lambda readings: False)
+    monkeypatch.setattr(hf, "_LEAST", 1)
     done = []
-    monkeypatch.setattr(hf, "WHOLE", 20_000)  # the experts, q and o are larger
-    parts = load(folder, mesh=cut, progress=lambda n, total: done.append((n, total)))[0]
+    parts = load(folder, mesh=cut, memory=memory, progress=lambda n, total: done.append((n, total)))[0]
     assert same(whole, parts)
-    assert done[-1][0] == done[-1][1] and len(done) > len(leaves(parts))  # more than one part a weight
+    assert done[-1][0] == done[-1][1]
+    assert len(held) > parts.mesh.shape["expert"] * parts.mesh.shape["tensor"] * len(leaves(parts))  # in parts
+    assert 0 < max(most) <= memory
+
+
+def test_no_memory_to_read_with(folder):
+    with pytest.raises(UsageError, match=r"memory: 1,000 bytes for 8 readers; at least 1,048,576"):
+        load(folder, memory=1000)
+
+
+def test_parts_are_all_of_a_shape():
+    rng = np.random.default_rng(0)
+    for shape in [(), (1,), (7,), (3, 5), (2, 3, 4), (1, 1, 9), (5, 1, 2)]:
+        for most in {1, 2, 3, 4, 6, 24, 1000, int(rng.integers(1, 30))}:
+            seen = np.zeros(shape, int)
+            for chunk in hf._chunks(shape, most):
+                seen[chunk] += 1
+                assert seen[chunk].size <= most
+            assert np.all(seen == 1)
 
 
 def test_progress_goes_up_to_the_total(shards):

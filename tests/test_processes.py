@@ -117,8 +117,8 @@ from glm_jax.model import weight_path
 
 folder, out, mesh, rules = sys.argv[1:]
 seen, read, progress = [], Tensor.read, []
-def counted(tensor, rows=None):
-    data = read(tensor, rows)
+def counted(tensor, rows=None, out=None):
+    data = read(tensor, rows, out)
     seen.append((tensor.name, data.nbytes))
     return data
 Tensor.read = counted
@@ -211,8 +211,8 @@ processes.start()
 from glm_jax import load
 from glm_jax.convert.safetensors import Tensor
 seen, read = [], Tensor.read
-def counted(tensor, rows=None):
-    data = read(tensor, rows)
+def counted(tensor, rows=None, out=None):
+    data = read(tensor, rows, out)
     seen.append((tensor.name, data.nbytes))
     return data
 Tensor.read = counted
