@@ -2,13 +2,18 @@
 
 import concurrent.futures
 import os
+import re
 import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
+from glm_jax import processes
 from glm_jax.convert import native
-from glm_jax.convert.conversion import WORKERS, Event, Watch, locked
+from glm_jax.convert.conversion import MEMORY, WORKERS, Event, Watch, fitting, locked, shares
+from glm_jax.convert.hub import fetch_whole
 from glm_jax.convert.native import HF, SEAL, Manifest, index_files, manifest_name, seal_bytes, write_small
-from glm_jax.convert.planning import Part, plan, sha256
+from glm_jax.convert.planning import STORED, Part, plan, sha256
 from glm_jax.convert.safetensors import read_raw_header
 from glm_jax.convert.streaming import stream
 from glm_jax.errors import BadInput, GLMError, MissingInput
@@ -19,40 +24,83 @@ def verify(
     structure: bool = False,
     source: "str | Path | None" = None,
     workers: int = WORKERS,
+    memory: int = MEMORY,
     on_event: Event = lambda event: None,
-) -> Manifest:
+) -> Manifest | None:
     """Checks a converted folder: the seal, every small file, Orbax's index against what it should be, the headers of
     the shards, and, unless `structure`, every tensor against its SHA-256. A conversion that read nothing has none: the
     first check records them. With `source` the original too is compared, as far as it has been kept as it was.
 
-    Raises BadInput with all that is wrong, MissingInput for a folder that is not there or was not converted."""
+    Of a Hugging Face folder it checks headers, index and config.json against each other, and the files that the Hub's
+    cache holds under their SHA-256 against that, and returns None. Of several processes all must call it.
+
+    Raises BadInput with all that is wrong, MissingInput for a folder that is not there."""
     folder = Path(path).expanduser()
     if not native.is_native(folder):
-        raise MissingInput(f"{folder}: no {SEAL}, so not made by glm-jax convert, or never finished")
-    manifest, small = native.read(folder)
-    problems = _structure(folder, manifest, small)
-    if source is not None:
-        facts = plan(source, _spelled(manifest.facts["dtype"]), manifest.facts["mtp"]).facts
-        for key in ("files", "beside"):
-            for name in sorted({*facts[key], *manifest.facts[key]}):
-                if facts[key].get(name) != manifest.facts[key].get(name):
-                    problems.append(f"{source}: {name} is not the file that was converted")
-    new = {}
-    if not structure and not problems:
-        new, problems = _bytes(folder, manifest, workers, on_event)
-        if source is not None and not problems:
-            problems = _same_as_source(Path(source).expanduser(), manifest, new, workers, on_event)
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise BadInput(f"{folder}: " + "; ".join(problems[:8]) + more)
-    if any(manifest.tensors[name].sha256 is None for name in new):
-        _record(folder, manifest, small, new)
+        if source is not None or (folder / HF).is_dir():
+            raise MissingInput(f"{folder}: no {SEAL}, so not made by glm-jax convert, or never finished")
+        _hugging_face(path, structure, workers, on_event)
+        return None
+    with processes.agreed():
+        manifest, small = native.read(folder)
+        workers = fitting(workers, memory, len(manifest.tensors))
+        problems = _structure(folder, manifest, small)
+        if source is not None:
+            source = fetch_whole(source)
+            facts = plan(source, _asked(manifest.facts["dtype"]), manifest.facts["mtp"]).facts
+            for key in ("files", "beside"):
+                for name in sorted({*facts[key], *manifest.facts[key]}):
+                    if facts[key].get(name) != manifest.facts[key].get(name):
+                        problems.append(f"{source}: {name} is not the file that was converted")
+        _refuse(folder, problems)
+    new: dict[str, tuple[str, int]] = {}
+    if not structure:
+        with processes.agreed():
+            mine, problems = _bytes(folder, manifest, workers, on_event)
+            if source is not None and not problems:
+                problems = _same_as_source(Path(source), manifest, mine, workers, on_event)
+        for found, wrong in processes.exchange([mine, problems]):
+            new |= {name: (digest, count) for name, (digest, count) in found.items()}
+            problems += [words for words in wrong if words not in problems]
+        _refuse(folder, sorted(problems))
+    with processes.agreed():
+        if any(manifest.tensors[name].sha256 is None for name in new):
+            _record(folder, manifest, small, new)
     on_event({"event": "done", "tensors": len(manifest.tensors), "root": manifest.root})
     return manifest
 
 
-def _spelled(dtype: str | None) -> str | None:
-    return {"BF16": "bf16", "F32": "f32"}.get(dtype or "")
+def _asked(stored: str | None) -> str | None:
+    """The --dtype that stores weights so."""
+    return next((dtype for dtype, name in STORED.items() if name == stored), None)
+
+
+def _refuse(folder: Path, problems: list[str]) -> None:
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise BadInput(f"{folder}: " + "; ".join(problems[:8]) + more)
+
+
+def _hugging_face(path: "str | Path", structure: bool, workers: int, on_event: Event) -> None:
+    """Checks a folder that was not converted, as far as it can be: it has no digests but what the Hub's cache calls its
+    files, of those that came through its large file storage."""
+    made = plan(fetch_whole(path))
+    files = {t.file: t.stamp[0] for t in made.tensors.values()}
+    named = {f: f.resolve().name for f in files if f.is_symlink() and re.fullmatch("[0-9a-f]{64}", f.resolve().name)}
+    watch, problems, stop = Watch(sum(files[f] for f in named), on_event), [], threading.Event()
+
+    def one(file: Path) -> None:
+        whole = Part(file.name, "U8", (files[file],), 0, files[file])
+        found = lambda done: problems.extend(
+            f"{file.name} is not what the Hub has under its name" for _, digest, _ in done if digest != named[file]
+        )
+        stream(file, files[file], [whole], found, watch.passed, stop)
+
+    if not structure:
+        _in_parallel(one, sorted(named), workers, stop)
+        _refuse(made.source, sorted(problems))
+    checked = 0 if structure else len(named)
+    on_event({"event": "done", "tensors": len(made.tensors), "files": len(files), "files_digested": checked})
 
 
 def _structure(folder: Path, manifest: Manifest, small: dict[str, str]) -> list[str]:
@@ -96,7 +144,7 @@ def _bytes(folder: Path, manifest: Manifest, workers: int, on_event: Event):
             if (want := manifest.tensors[part.name].sha256) is not None and want != digest:
                 problems.append(f"{part.name} in {manifest.tensors[part.name].file} is not what was recorded")
 
-    _stream_all(folder / HF, manifest, list(manifest.files), found, workers, on_event)
+    _stream_all(folder / HF, manifest, _share(manifest, sorted(manifest.files)), found, workers, on_event)
     return new, sorted(problems)
 
 
@@ -106,9 +154,13 @@ def _same_as_source(source: Path, manifest: Manifest, new, workers: int, on_even
     def found(done):
         problems.extend(f"{part.name} differs from {source}" for part, digest, _ in done if new[part.name][0] != digest)
 
-    kept = [name for name, facts in manifest.files.items() if facts["verbatim"]]
+    kept = [name for name in _share(manifest, sorted(manifest.files)) if manifest.files[name]["verbatim"]]
     _stream_all(source, manifest, kept, found, workers, on_event)
     return sorted(problems)
+
+
+def _share(manifest: Manifest, files: list[str]) -> list[str]:
+    return [files[i] for i in shares([manifest.files[file]["size"] for file in files])]
 
 
 def _stream_all(folder: Path, manifest: Manifest, files: list[str], found, workers: int, on_event: Event) -> None:
@@ -119,29 +171,31 @@ def _stream_all(folder: Path, manifest: Manifest, files: list[str], found, worke
             parts[t.file].append(Part(name, t.dtype, t.shape, t.offset, t.nbytes))
     watch = Watch(sum(manifest.files[file]["size"] for file in parts), on_event)
     stop = threading.Event()
+    in_order = lambda file: sorted(parts[file], key=lambda p: (p.offset, p.nbytes))
+    one = lambda file: stream(folder / file, manifest.files[file]["size"], in_order(file), found, watch.passed, stop)
+    _in_parallel(one, sorted(parts), workers, stop)
+
+
+def _in_parallel(one: Callable[[Any], None], files: Iterable[Any], workers: int, stop: threading.Event) -> None:
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        one = lambda file: stream(
-            folder / file,
-            manifest.files[file]["size"],
-            sorted(parts[file], key=lambda p: (p.offset, p.nbytes)),
-            found,
-            watch.passed,
-            stop,
-        )
-        pending = [pool.submit(one, file) for file in sorted(parts)]
+        pending = [pool.submit(one, file) for file in files]
         try:
             for future in concurrent.futures.as_completed(pending):
                 future.result()
         except BaseException:
             stop.set()
+            for future in pending:
+                future.cancel()
             raise
 
 
 def _record(folder: Path, manifest: Manifest, small: dict[str, str], new) -> None:
     """Writes the digests: a new manifest beside the old one, then the seal that names it, then the old one goes."""
+    for name, (digest, wrong) in new.items():
+        manifest.tensors[name].sha256, manifest.tensors[name].nonfinite = digest, wrong
+    if processes.index():
+        return
     with locked(folder.resolve()):
-        for name, (digest, wrong) in new.items():
-            manifest.tensors[name].sha256, manifest.tensors[name].nonfinite = digest, wrong
         data = manifest.to_bytes()
         name = manifest_name(data)
         old = [n for n in small if n.startswith("glm_manifest-") and n != name]

@@ -17,15 +17,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from glm_jax import processes
 from glm_jax.convert import native
+from glm_jax.convert.hub import fetch_whole
 from glm_jax.convert.native import HF, SEAL, Manifest, Record, index_files, manifest_of, write_small
 from glm_jax.convert.planning import SCALES, Output, Part, Plan, differences, plan, sha256
-from glm_jax.convert.safetensors import blamed_on, read_small
-from glm_jax.convert.streaming import made_of, stream
+from glm_jax.convert.planning import digest as digest_of
+from glm_jax.convert.safetensors import blamed_on, opened, read_small
+from glm_jax.convert.streaming import Stopped, made_of, stream
 from glm_jax.errors import BadInput, DestinationError, Locked, NoSpace, UsageError
 
 STAGING, LOCK = ".glm-jax-staging", ".glm-jax-lock"
 WORKERS = 3  # that read, digest and write: more than processors, since each waits for the disk
+MEMORY = 256 << 20  # bytes that a process takes
+HELD = 24 << 20  # of them what a worker holds: a piece, and what it is made of where that is of another dtype
+SAMPLE = 256 << 20  # bytes that are read to learn how fast it goes
 MODES = ("auto", "index", "copy", "repack")
 
 Event = Callable[[dict[str, Any]], None]
@@ -40,16 +46,24 @@ def convert(
     digest: bool = False,
     nonfinite: str = "error",
     workers: int = WORKERS,
+    memory: int = MEMORY,
     dry_run: bool = False,
     on_event: Event = lambda event: None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    offline: bool = False,
 ) -> Manifest:
-    """Makes of a Hugging Face folder one that stock Orbax restores on any mesh, `load` reads, and Hugging Face's tools
-    find their own folder in (state/hf). The same call again goes on where an earlier one ended.
+    """Makes of a Hugging Face folder, or Hub id, one that stock Orbax restores on any mesh, `load` reads, and Hugging
+    Face's tools find their own folder in (state/hf). The same call again goes on where an earlier one ended. Of several
+    processes (`processes.start(devices=False)`) all must call it, and each does its share of the files.
 
     `mode`: "index" links the shards and writes where the arrays lie in them; "copy" copies them, digesting every
     tensor; "repack" writes them in another `dtype` ("bf16", "f32"); "auto" is the first of these that can be. `digest`
-    reads linked shards once, for their digests. `nonfinite`: "error" for NaN and infinities, or "record". `dry_run`
-    writes nothing. `on_event` is told dicts: {"event": "plan" | "progress" | "done", ...}.
+    reads linked shards once, for their digests. `nonfinite`: "error" for NaN and infinities, or "record". `memory` is
+    what a process may take, in bytes: of `workers`, files at once, there are as many as fit. `dry_run` writes nothing,
+    and tells by a "plan" event what it would take. `on_event` is told dicts: {"event": "plan" | "progress" | "done",
+    ...}.
 
     Raises BadInput and MissingInput for a source that is not whole, before a byte is written; NoSpace, DestinationError
     for a target that is not ours, of another plan or on a read-only disk, Locked."""
@@ -58,53 +72,122 @@ def convert(
     if workers < 1:
         raise UsageError(f"--workers {workers}: at least 1")
     target = Path(os.path.abspath(Path(target).expanduser()))
-    made = plan(source, dtype, mtp)
-    if Path(os.path.abspath(made.source)) == target:
-        raise DestinationError(f"{target}: this is the source; give another folder")
-    chosen, why = _mode(made, mode, target)
+    first = processes.index() == 0  # of several: it says what is done, and writes all but the weights
+    with processes.agreed():
+        folder = fetch_whole(source, revision=revision, token=token, offline=offline)
+        made = plan(folder, dtype, mtp)
+        if target in (Path(os.path.abspath(p)) for p in (Path(source).expanduser(), made.source)):
+            raise DestinationError(f"{target}: this is the source; give another folder")
+        workers = fitting(workers, memory, len(made.tensors))
+        chosen = _mode(made, mode, target) if first else None
+    chosen, why = processes.exchange(chosen)[0]
     manifest = manifest_of(made, chosen, why)
-    on_event({"event": "plan", "mode": chosen, "why": why, "tensors": len(manifest.tensors), "bytes": made.nbytes})
-    if already := _finished(target, manifest):
-        if digest and already.root is None and not dry_run:
+    _check_same(manifest)
+    writes = 0 if chosen == "index" else made.nbytes
+    with processes.agreed():
+        already = _finished(target, manifest) if first else None
+        if first and already is None:
+            check_space(target.parent, writes, target.with_name(target.name + STAGING))
+    facts = {"mode": chosen, "why": why, "tensors": len(manifest.tensors), "bytes": made.nbytes, "writes": writes}
+    if dry_run:
+        facts["memory"] = _base(len(made.tensors)) + workers * HELD * bool(writes or digest)
+        facts["read_bytes_per_s"] = _speed(made) if writes or digest else None
+    on_event({"event": "plan"} | facts)
+    done = processes.exchange(already is not None)[0]
+    if done or dry_run:
+        already = already or (native.read(target)[0] if done else manifest)
+        if done and digest and already.root is None and not dry_run:
             from glm_jax.convert.checking import verify
 
-            already = verify(target, workers=workers, on_event=on_event)
-        on_event({"event": "done", "already": True, "root": already.root})
+            verified = verify(target, workers=workers, memory=memory, on_event=on_event)
+            assert verified is not None
+            already = verified
+        if done:
+            on_event({"event": "done", "already": True, "root": already.root})
         return already
-    writes = 0 if chosen == "index" else made.nbytes
-    check_space(target.parent, writes, target.with_name(target.name + STAGING))
-    if dry_run:
-        return manifest
-    make_parent(target)
     stamps = {t.file.name: list(t.stamp) for t in made.tensors.values()} if chosen != "index" else {}
-    with locked(target), staging(target, manifest.facts, stamps) as folder:
-        if folder is None:  # an earlier call was done, but for the name
+    with contextlib.ExitStack() as held:
+        staged = None
+        with processes.agreed():
+            if first:
+                make_parent(target)
+                held.enter_context(locked(target))
+                staged = held.enter_context(staging(target, manifest.facts, stamps))
+                if staged:
+                    write_small(staged, {f"{HF}/{n}": _beside(made, n) for n in made.beside})
+        if processes.exchange(staged is None)[0]:  # an earlier call was done, but for the name
             already = native.read(target)[0]
             on_event({"event": "done", "already": True, "root": already.root})
             return already
-        write_small(folder, {f"{HF}/{n}": _beside(made, n) for n in made.beside})
-        journal = Journal(folder, manifest.tensors)
-        watch = Watch(made.nbytes if chosen != "index" or digest else 0, on_event)
+        staged = target.with_name(target.name + STAGING)
         sources = {t.file.name: (t.file, t.stamp) for t in made.tensors.values()}
         jobs = []
-        for output in made.outputs:
-            at = folder / HF / output.name
-            path, stamp = sources[output.name]
-            if chosen == "index":
-                _link(path, at, stamp)
-                if digest:
-                    jobs.append((path, output.size, output.parts, None, stamp))
-            else:
-                content = (
-                    path
-                    if output.verbatim
-                    else made_of(output.header, output.parts, made.tensors, made.scales, made.blocks)
-                )
-                jobs.append((content, output.size, output.parts, at, stamp if output.verbatim else None))
-        run(jobs, journal, watch, workers, nonfinite)
-        finish(folder, target, manifest)
+        with processes.agreed():
+            for output in made.outputs:
+                at, (path, stamp) = staged / HF / output.name, sources[output.name]
+                if chosen == "index":
+                    if first:
+                        _link(path, at, stamp)
+                    if digest:
+                        jobs.append((path, output.size, output.parts, None, stamp))
+                elif output.verbatim:
+                    jobs.append((path, output.size, output.parts, at, stamp))
+                else:
+                    content = made_of(output.header, output.parts, made.tensors, made.scales, made.blocks)
+                    jobs.append((content, output.size, output.parts, at, None))
+        run(jobs, lambda: Journal(staged, manifest.tensors), on_event, workers, nonfinite)
+        with processes.agreed():
+            if first:
+                finish(staged, target, manifest)
     on_event({"event": "done", "already": False, "root": manifest.root})
     return manifest
+
+
+def fitting(workers: int, memory: int, tensors: int) -> int:
+    """How many of so many workers fit into memory, with what so many tensors take."""
+    base = _base(tensors)
+    if memory < base + HELD:
+        raise UsageError(
+            f"--memory {memory:,}: {base:,} bytes for the plan of {tensors:,} tensors and {HELD:,} for a worker are "
+            f"needed: at least {base + HELD:,}"
+        )
+    return min(workers, (memory - base) // HELD)
+
+
+def _base(tensors: int) -> int:
+    """Bytes of a process before it holds any weights, as measured on folders of 24 and of 44,689 tensors."""
+    return (40 << 20) + 1400 * tensors
+
+
+def _check_same(manifest: Manifest) -> None:
+    """Processes that were told different things, or see different files, must not write into one folder."""
+    digests = processes.exchange(digest_of(manifest.facts))
+    if others := [i for i, other in enumerate(digests) if other != digests[0]]:
+        raise BadInput(
+            f"process {others[0]} sees another source than process 0, or was given other options: give all the same"
+        )
+
+
+def _speed(made: Plan) -> int:
+    """Bytes a second at which a part of the largest file is read and digested, if it is not in the cache."""
+    output = max(made.outputs, key=lambda o: o.size)
+    path = next(t.file for t in made.tensors.values() if t.file.name == output.name)
+    size, stop = path.stat().st_size, threading.Event()
+    begin, seen = time.monotonic(), 0
+
+    def passed(nbytes: int, tensor: str) -> None:
+        nonlocal seen
+        seen += nbytes
+        if seen >= SAMPLE:
+            stop.set()
+
+    with contextlib.suppress(Stopped):
+        with opened(path) as (fd, _):
+            os.posix_fadvise(fd, 0, SAMPLE, os.POSIX_FADV_DONTNEED)
+        held = sorted((t for t in made.tensors.values() if t.file == path), key=lambda t: t.offset)
+        parts = [Part(t.name, t.dtype, t.shape, t.offset, t.nbytes) for t in held]
+        stream(path, size, parts, lambda found: None, passed, stop)
+    return round(seen / max(time.monotonic() - begin, 1e-9))
 
 
 def _mode(made: Plan, mode: str, target: Path) -> tuple[str, str]:
@@ -273,20 +356,26 @@ def staging(target: Path, facts: Mapping[str, Any], stamps: Mapping[str, Any]) -
 
 
 class Journal:
-    """Which tensors are done, on the disk before anything relies on it."""
+    """Which tensors are done, on the disk before anything relies on it. Each of several processes writes its own, and
+    knows what all had written before."""
 
     def __init__(self, folder: Path, tensors: Mapping[str, Record]):
-        self.path, self.tensors, self.lock = folder / "journal.jsonl", tensors, threading.Lock()
-        known = self.path.read_bytes() if self.path.is_file() else b""
-        whole = known[: known.rfind(b"\n") + 1]  # a last line may be torn
-        for line in whole.splitlines():
-            name, digest, wrong = json.loads(line)
-            if name in tensors:
-                tensors[name].sha256, tensors[name].nonfinite = digest, wrong
+        self.folder, self.tensors, self.lock = folder, tensors, threading.Lock()
+        self.path = folder / f"journal-{processes.index()}.jsonl"
+        self.read()
         with blamed_on(self.path, 0):
-            self.fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            os.ftruncate(self.fd, len(whole))
+            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            own = os.pread(self.fd, os.fstat(self.fd).st_size, 0)
+            os.ftruncate(self.fd, own.rfind(b"\n") + 1)  # a last line may be torn
             os.lseek(self.fd, 0, os.SEEK_END)
+
+    def read(self) -> None:
+        """Takes in what all processes have written by now."""
+        for path in sorted(self.folder.glob("journal-*.jsonl")):
+            for line in path.read_bytes().split(b"\n")[:-1]:
+                name, digest, wrong = json.loads(line)
+                if name in self.tensors:
+                    self.tensors[name].sha256, self.tensors[name].nonfinite = digest, wrong
 
     def add(self, found: Sequence[tuple[Part, str, int]]) -> None:
         text = "".join(json.dumps([part.name, digest, wrong]) + "\n" for part, digest, wrong in found).encode()
@@ -332,23 +421,58 @@ def resident() -> int:
         return 0
 
 
-def run(jobs: Sequence[tuple], journal: Journal, watch: Watch, workers: int, nonfinite: str) -> None:
-    """Streams every (content, size, parts, target, stamp) that the journal does not have as done."""
-    stop = threading.Event()
-    known = journal.tensors
+def run(jobs: Sequence[tuple], journal: Callable[[], Journal], on_event: Event, workers: int, nonfinite: str) -> None:
+    """Streams every (content, size, parts, target, stamp) that the journal does not have as done; of several processes
+    each does its share, and waits for the others."""
+    with processes.agreed():
+        log = journal()
+    known = log.tensors
+    with processes.agreed():
+        try:
+            _run(shares([size for _, size, *_ in jobs]), jobs, log, on_event, workers)
+        finally:
+            log.close()
+    with processes.agreed():
+        if processes.count() > 1:
+            log.read()
+        wrong = {name: t.nonfinite for name, t in known.items() if t.nonfinite}
+        if wrong and nonfinite == "error":
+            told = ", ".join(
+                f"{name} ({n:,} {'zero or ' * name.endswith(SCALES)}not finite)" for name, n in [*wrong.items()][:4]
+            )
+            more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+            raise BadInput(
+                f"{told}{more}: --nonfinite record goes on from here and counts them; what was made stays beside the "
+                "target"
+            )
 
-    def one(job) -> None:
-        content, size, parts, at, stamp = job
+
+def shares(sizes: Sequence[int]) -> list[int]:
+    """Which of things of such sizes are this process's: the largest first, each to who has least."""
+    load, mine = [0] * processes.count(), []
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        least = load.index(min(load))
+        load[least] += sizes[i]
+        if least == processes.index():
+            mine.append(i)
+    return sorted(mine)
+
+
+def _run(mine: Sequence[int], jobs: Sequence[tuple], log: Journal, on_event: Event, workers: int) -> None:
+    watch, stop = Watch(sum(jobs[i][1] for i in mine), on_event), threading.Event()
+
+    def one(i: int) -> None:
+        content, size, parts, at, stamp = jobs[i]
         if at is not None and not (at.is_file() and at.stat().st_size == size):
             todo = list(parts)  # the journal may be of a file that is gone
         else:
-            first = next((i for i, part in enumerate(parts) if known[part.name].sha256 is None), len(parts))
+            first = next((i for i, part in enumerate(parts) if log.tensors[part.name].sha256 is None), len(parts))
             todo = list(parts[first:])
         watch.passed(size - sum(p.nbytes for p in todo), parts[0].name if parts else "")
-        stream(content, size, todo, journal.add, watch.passed, stop, at, stamp)
+        stream(content, size, todo, log.add, watch.passed, stop, at, stamp)
 
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        pending = [pool.submit(one, job) for job in jobs]
+        pending = [pool.submit(one, i) for i in mine]
         try:
             for future in concurrent.futures.as_completed(pending):
                 future.result()
@@ -358,17 +482,6 @@ def run(jobs: Sequence[tuple], journal: Journal, watch: Watch, workers: int, non
                 future.cancel()
             concurrent.futures.wait(pending)
             raise
-        finally:
-            journal.close()
-    wrong = {name: t.nonfinite for name, t in known.items() if t.nonfinite}
-    if wrong and nonfinite == "error":
-        told = ", ".join(
-            f"{name} ({n:,} {'zero or ' * name.endswith(SCALES)}not finite)" for name, n in [*wrong.items()][:4]
-        )
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise BadInput(
-            f"{told}{more}: --nonfinite record goes on from here and counts them; what was made stays beside the target"
-        )
 
 
 def finish(folder: Path, target: Path, manifest: Manifest) -> None:
@@ -384,9 +497,9 @@ def finish(folder: Path, target: Path, manifest: Manifest) -> None:
 
 
 def _rename(folder: Path, target: Path) -> None:
+    sealed = json.loads((folder / SEAL).read_bytes())["files"]
     for name in os.listdir(folder):  # what the way here needed, and manifests of attempts that ended before the seal
-        sealed = json.loads((folder / SEAL).read_bytes())["files"]
-        if name in ("journal.jsonl", "plan.json") or name.startswith("glm_manifest-") and name not in sealed:
+        if name.startswith(("journal-", "plan.json", "glm_manifest-")) and name not in sealed:
             (folder / name).unlink()
     native.sync_folders([folder, folder / HF])
     with blamed_on(target, 0):

@@ -1,19 +1,23 @@
 """From a converted folder back to a Hugging Face one."""
 
+import contextlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from glm_jax import processes
 from glm_jax.convert import native
 from glm_jax.convert.conversion import (
+    MEMORY,
     STAGING,
     WORKERS,
     Event,
     Journal,
-    Watch,
     check_space,
+    fitting,
     locked,
     make_parent,
     run,
@@ -24,6 +28,7 @@ from glm_jax.convert.planning import Output, Part, sha256
 from glm_jax.convert.safetensors import INDEX, SINGLE, Tensor, blamed_on, header_bytes, read_folder, read_raw_header
 from glm_jax.convert.streaming import made_of
 from glm_jax.convert.table import file_order
+from glm_jax.convert.trained import Trained, trained
 from glm_jax.errors import BadInput, DestinationError, GLMError, MissingInput, UsageError
 
 SHARD = 5_000_000_000  # bytes of tensors in a file, at most
@@ -33,45 +38,102 @@ def export(
     source: "str | Path",
     target: "str | Path",
     exact: bool = False,
+    weights: "Mapping[str, Any] | str | Path | None" = None,
     shard_bytes: int = SHARD,
     workers: int = WORKERS,
+    memory: int = MEMORY,
     on_event: Event = lambda event: None,
 ) -> list[Path]:
     """Writes a Hugging Face folder of a converted one: with `exact` the files that were converted, byte for byte, else
     shards of `shard_bytes`. Every tensor is compared with its digest, if that is known, as it goes by. The same call
     again goes on where an earlier one ended. Returns the files of weights.
 
-    Raises UsageError for `exact` where the bytes are not the source's, BadInput for a tensor that was changed,
-    DestinationError, NoSpace and Locked as `convert`."""
+    `weights` are what was trained: arrays by their path ("moe.mlp.gate_up" [L, E, 2, F, D]), or the Orbax checkpoint
+    that holds them, which is read in slices, so that no array has to fit into memory. They take the place of the
+    source's, in the dtype that these have. What is not among them stays as it was.
+
+    Raises UsageError for `exact` where the bytes are not the source's, and for weights that the source does not have;
+    BadInput for a tensor that was changed, or a trained one that is not finite; DestinationError, NoSpace and Locked as
+    `convert`."""
     folder, target = Path(source).expanduser(), Path(os.path.abspath(Path(target).expanduser()))
-    if not native.is_native(folder):
-        raise MissingInput(f"{folder}: no {SEAL}, so not made by glm-jax convert, or never finished")
-    if shard_bytes < 1:
-        raise UsageError(f"shard_bytes {shard_bytes}: at least 1")
-    manifest, _ = native.read(folder)
-    if exact and (manifest.mode == "repack" or manifest.dropped):
-        was = f"--dtype {manifest.facts['dtype']}" if manifest.mode == "repack" else "--mtp drop"
-        raise UsageError(f"--exact: {folder} was converted with {was}, so the source's bytes are not in it")
-    tensors = read_folder(folder / HF)
-    beside = {name: (folder / HF / name).read_bytes() for name in manifest.facts["beside"]}
-    for name, data in beside.items():
-        if sha256(data) != manifest.facts["beside"][name]:
-            raise BadInput(f"{folder / HF / name}: was changed: glm-jax verify {folder}")
-    if exact:
-        outputs = []
-        for file in sorted(manifest.files):
-            held = [t for t in tensors.values() if t.file.name == file]
-            parts = tuple(Part(t.name, t.dtype, t.shape, t.offset, t.nbytes) for t in held)
-            outputs.append(Output(file, True, read_raw_header(folder / HF / file), parts))
-    else:
-        outputs = list(_shards(tensors, shard_bytes, target))
-        beside.pop(INDEX, None)
-        if len(outputs) > 1:
-            where = {part.name: output.name for output in outputs for part in output.parts}
-            index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": where}
-            index["weight_map"] = dict(sorted(where.items()))
-            beside[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
-    return _write(folder, target, manifest, tensors, outputs, beside, exact, workers, on_event)
+    with processes.agreed():
+        if not native.is_native(folder):
+            raise MissingInput(f"{folder}: no {SEAL}, so not made by glm-jax convert, or never finished")
+        if shard_bytes < 1:
+            raise UsageError(f"shard_bytes {shard_bytes}: at least 1")
+        manifest, _ = native.read(folder)
+        if exact and (manifest.mode == "repack" or manifest.dropped):
+            was = f"--dtype {manifest.facts['dtype']}" if manifest.mode == "repack" else "--mtp drop"
+            raise UsageError(f"--exact: {folder} was converted with {was}, so the source's bytes are not in it")
+        if exact and weights is not None:
+            raise UsageError("--exact and --weights exclude each other: with other weights the bytes are others")
+        workers = fitting(workers, memory, len(manifest.tensors))
+        tensors: dict[str, Tensor | Trained] = {**read_folder(folder / HF)}
+        stamps: dict[str, Any] = {t.file.name: list(t.stamp) for t in tensors.values()}  # type: ignore[union-attr]
+        changed: dict[str, Trained] = {}
+        if weights is not None:
+            changed, stamps["weights"] = trained(weights, manifest)
+            tensors |= changed
+        beside = {name: (folder / HF / name).read_bytes() for name in manifest.facts["beside"]}
+        for name, data in beside.items():
+            if sha256(data) != manifest.facts["beside"][name]:
+                raise BadInput(f"{folder / HF / name}: was changed: glm-jax verify {folder}")
+        if exact:
+            outputs = []
+            for file in sorted(manifest.files):
+                held = [t for t in tensors.values() if t.file.name == file]
+                parts = tuple(Part(t.name, t.dtype, t.shape, t.offset, t.nbytes) for t in held)
+                outputs.append(Output(file, True, read_raw_header(folder / HF / file), parts))
+        else:
+            outputs = list(_shards(tensors, shard_bytes, target))
+            beside.pop(INDEX, None)
+            if len(outputs) > 1:
+                where = {part.name: output.name for output in outputs for part in output.parts}
+                index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": where}
+                index["weight_map"] = dict(sorted(where.items()))
+                beside[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
+    facts = {"export": manifest.facts, "exact": exact, "files": {o.name: [o.size, sha256(o.header)] for o in outputs}}
+    contents = [
+        folder / HF / o.name if o.verbatim else made_of(o.header, o.parts, tensors)  # type: ignore[arg-type]
+        for o in outputs
+    ]
+    records = {p.name: Record(p.dtype, p.shape, o.name, p.offset, p.nbytes) for o in outputs for p in o.parts}
+    journal = lambda staged: _Checked(staged, records, manifest, changed)
+    with processes.agreed():
+        done = processes.index() == 0 and _is_there(target, outputs, bool(changed))
+    if processes.exchange(done)[0]:
+        on_event({"event": "done", "already": True, "files": len(outputs)})
+        return [target / output.name for output in outputs]
+    staged = target.with_name(target.name + STAGING)
+    with contextlib.ExitStack() as held_open:
+        with processes.agreed():
+            if processes.index() == 0:
+                _begin(target, sum(output.size for output in outputs), facts, stamps, held_open)
+        jobs = [
+            (content, output.size, output.parts, staged / HF / output.name, None)
+            for content, output in zip(contents, outputs, strict=True)
+        ]
+        run(jobs, lambda: journal(staged), on_event, workers, "error" if changed else "record")
+        with processes.agreed():
+            if processes.index() == 0:
+                write_small(staged, {f"{HF}/{name}": data for name, data in beside.items()})
+                with blamed_on(target, 0):
+                    if target.is_dir():
+                        target.rmdir()
+                    os.rename(staged / HF, target)
+                    sync_folders([target.parent])
+                    shutil.rmtree(staged)
+    on_event({"event": "done", "files": len(outputs)})
+    return [target / output.name for output in outputs]
+
+
+def _begin(target: Path, nbytes: int, facts, stamps, held: contextlib.ExitStack) -> None:
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        raise DestinationError(f"{target}: is there already and not empty; give another folder, or remove it")
+    make_parent(target)
+    check_space(target.parent, nbytes, target)
+    held.enter_context(locked(target))
+    held.enter_context(staging(target, facts, stamps))
 
 
 def _shards(tensors: Mapping[str, Tensor], shard_bytes: int, target: Path) -> Iterator[Output]:
@@ -98,40 +160,11 @@ def _numbers(tensor: Tensor) -> int:
     return count
 
 
-def _write(folder, target, manifest: Manifest, tensors, outputs, beside, exact, workers, on_event) -> list[Path]:
-    names = [output.name for output in outputs]
-    facts = {"export": manifest.facts, "exact": exact, "files": {o.name: [o.size, sha256(o.header)] for o in outputs}}
-    if _is_there(target, outputs):
-        on_event({"event": "done", "already": True, "files": len(names)})
-        return [target / name for name in names]
-    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
-        raise DestinationError(f"{target}: is there already and not empty; give another folder, or remove it")
-    make_parent(target)
-    nbytes = sum(output.size for output in outputs)
-    check_space(target.parent, nbytes, target)
-    stamps = {t.file.name: list(t.stamp) for t in tensors.values()}
-    with locked(target), staging(target, facts, stamps) as staged:
-        assert staged is not None  # an export has no seal
-        records = {p.name: Record(p.dtype, p.shape, o.name, p.offset, p.nbytes) for o in outputs for p in o.parts}
-        journal = _Checked(staged, records, manifest)
-        jobs = []
-        for output in outputs:
-            content = folder / HF / output.name if output.verbatim else made_of(output.header, output.parts, tensors)
-            jobs.append((content, output.size, output.parts, staged / HF / output.name, None))
-        run(jobs, journal, Watch(nbytes, on_event), workers, "record")
-        write_small(staged, {f"{HF}/{name}": data for name, data in beside.items()})
-        with blamed_on(target, nbytes):
-            if target.is_dir():
-                target.rmdir()
-            os.rename(staged / HF, target)
-            sync_folders([target.parent])
-            shutil.rmtree(staged)
-    on_event({"event": "done", "files": len(names)})
-    return [target / name for name in names]
-
-
-def _is_there(target: Path, outputs: list[Output]) -> bool:
-    """Whether an export was finished: it gets its name when it is whole."""
+def _is_there(target: Path, outputs: list[Output], trained: bool) -> bool:
+    """Whether an export was finished: it gets its name when it is whole. Of trained weights the folder does not say
+    which they were."""
+    if trained:
+        return False
     try:
         there = all(
             (target / o.name).stat().st_size == o.size and read_raw_header(target / o.name) == o.header for o in outputs
@@ -145,14 +178,16 @@ def _is_there(target: Path, outputs: list[Output]) -> bool:
 
 
 class _Checked(Journal):
-    """A journal that lets nothing by that is not what the manifest says."""
+    """A journal that lets nothing by that is not what the manifest says, but for what was trained."""
 
-    def __init__(self, folder: Path, records, manifest: Manifest):
+    def __init__(self, folder: Path, records, manifest: Manifest, changed):
         super().__init__(folder, records)
-        self.manifest = manifest
+        self.manifest, self.changed = manifest, changed
 
     def add(self, found) -> None:
         for part, digest, _ in found:
-            if (want := self.manifest.tensors[part.name].sha256) is not None and want != digest:
+            want = self.manifest.tensors[part.name].sha256
+            if part.name not in self.changed and want is not None and want != digest:
                 raise BadInput(f"{part.name}: is not what was recorded; nothing was exported: glm-jax verify says more")
-        super().add(found)
+        # What the source had that is not finite was said when it was converted.
+        super().add([(part, digest, wrong if part.name in self.changed else 0) for part, digest, wrong in found])

@@ -158,8 +158,8 @@ def _aligned(shape, dtype) -> np.ndarray:
 
 
 def _jobs(row: Row, buffers, tensors, piece: int) -> Iterator[Callable[[], int]]:
-    """Calls that each read so many bytes of a tensor into the buffers that have them, and return how many. `buffers` are
-    (array, where it lies in the weight), and differ in their columns alone."""
+    """Calls that each read at most `piece` bytes of a tensor into the buffers that have them, and return how many.
+    `buffers` are (array, where it lies in the weight), and differ in their columns alone."""
     n, index, flat = len(row.stacked), buffers[0][1], []
     rows = row.cut(tuple(index[n:]))[0]
     for buffer, at in buffers:

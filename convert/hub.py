@@ -4,10 +4,11 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from glm_jax.convert.native import hf_folder
+from glm_jax.convert.safetensors import read_index
 from glm_jax.errors import BadInput, MissingInput, NoSpace, UsageError
 
 # Configuration, tokenizer, templates and the weights' index. No pickles, which run code when loaded, and no code.
@@ -45,6 +46,24 @@ def fetch(
             f"{shown}: no such folder (a model of the Hub is owner/name: zai-org/GLM-4.6; `inspect glm-4.6` needs none)"
         )
     return _download(text, revision, token, offline, weights)
+
+
+def fetch_weights(
+    path: "str | Path", folder: Path, indexed: Mapping[str, str] | None, revision=None, **options
+) -> None:
+    """Downloads the files of the tensors in `indexed`, all without it, of the Hub's snapshot `folder`; a folder on this
+    machine has them."""
+    if not os.path.exists(os.path.expanduser(str(path))):
+        weights = ["*.safetensors"] if indexed is None else sorted(set(indexed.values()))
+        fetch(path, revision=folder.name, weights=weights, **options)  # that commit, though the branch may have moved
+
+
+def fetch_whole(name: "str | Path", **options) -> Path:
+    """The folder of a model, as by `fetch`, with all its weights."""
+    folder = fetch(name, **options)
+    if not os.path.exists(os.path.expanduser(str(name))):
+        fetch_weights(name, folder, read_index(folder), **options)
+    return folder
 
 
 def _is_id(text: str) -> bool:

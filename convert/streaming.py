@@ -20,6 +20,7 @@ from glm_jax.errors import BadInput
 PIECE = 8 << 20  # bytes that are read, digested and written at once; a multiple of a disk's blocks
 SYNCED = 64 << 20  # bytes after which what was written is brought to the disk
 _BLOCK = 4096
+_MADE = 1 << 20  # bytes of another dtype that are made at once
 _SLICE = 1 << 17  # numbers that are looked through at once, few enough for the processor's cache
 _EXPONENT = {"BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000), FP8: (np.uint8, 0x7F)}
 
@@ -220,14 +221,17 @@ def _cast(buffer: memoryview, part: Part, start: int, tensors, scales, blocks) -
     """Bytes from `start` on of a part, as many as the buffer has."""
     tensor = tensors[part.name]
     row = part.nbytes // part.shape[0] if part.shape else part.nbytes
-    first, last = start // row, -(-(start + len(buffer)) // row)
-    x = tensor.read(slice(first, last) if part.shape else None)
-    if part.dtype != tensor.dtype:
-        if part.name in scales and tensor.dtype == FP8:
-            x = x.astype(np.float32) * _spread(tensors[scales[part.name]].read(), blocks, tensor.shape, first, last)
-        x = x.astype(DTYPES[part.dtype])
-    data = memoryview(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
-    buffer[:] = data[start - first * row :][: len(buffer)]
+    while buffer:  # a little at a time: what is made on the way is wider, and stays in the processor's cache
+        size = min(len(buffer), max(row, _MADE))
+        first, last = start // row, -(-(start + size) // row)
+        x = tensor.read(slice(first, last) if part.shape else None)
+        if part.dtype != tensor.dtype:
+            if part.name in scales and tensor.dtype == FP8:
+                x = x.astype(np.float32) * _spread(tensors[scales[part.name]].read(), blocks, tensor.shape, first, last)
+            x = x.astype(DTYPES[part.dtype])
+        data = memoryview(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
+        buffer[:size] = data[start - first * row :][:size]
+        buffer, start = buffer[size:], start + size
 
 
 def _spread(scale: np.ndarray, blocks, shape: tuple[int, ...], first: int, last: int) -> np.ndarray:

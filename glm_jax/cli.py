@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             _quiet_libraries()
             if hasattr(args, "processes"):  # inspect and plan are each machine's own affair
-                processes.start(args.coordinator, args.processes, args.process)
+                processes.start(args.coordinator, args.processes, args.process, devices=hasattr(args, "mesh"))
             if processes.count() > 1:
                 stack.enter_context(_one_of_several(args))
             code = args.run(args)
@@ -162,9 +162,9 @@ def inspect(args: argparse.Namespace) -> int:
     import jax
 
     from glm_jax.config import PRESETS, preset
-    from glm_jax.convert.hub import fetch
+    from glm_jax.convert.hub import fetch, fetch_weights
     from glm_jax.inspect import describe
-    from glm_jax.loading import DEMO, fetch_weights, read_config, read_tensors
+    from glm_jax.loading import DEMO, read_config, read_tensors
     from glm_jax.model import GLM
     from glm_jax.planner import default_mesh, first_layers
     from glm_jax.sharding import abstract, mesh, rules
@@ -360,10 +360,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"glm-jax {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     add = lambda verb, run, groups: _verb(verbs, verb, run, groups)
-    p = add("generate", generate, (_model_flags, _process_flags, _sampling_flags, _chat_flags))
+    p = add("generate", generate, (_model_flags, _memory_flag, _process_flags, _sampling_flags, _chat_flags))
     p.add_argument("--prompt", "-p", metavar="TEXT", help="what to go on from, or to answer; - reads stdin")
     p.add_argument("--raw", action="store_true", help="no chat template: the text is the prompt")
-    p = add("chat", chat, (_model_flags, _process_flags, _sampling_flags, _chat_flags))
+    p = add("chat", chat, (_model_flags, _memory_flag, _process_flags, _sampling_flags, _chat_flags))
     p = add("inspect", inspect, (_model_flags,))
     p.add_argument("path", nargs="?", help="a folder, a Hub id, or glm-4.5, glm-4.5-air, glm-4.6, glm-4.7")
     p = add("plan", plan, (_model_flags,))
@@ -376,7 +376,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--train", action="store_true", help="training, not generating")
     p.add_argument("--search", action="store_true", help="a table over all meshes of so many devices")
     p.add_argument("--compile", action="store_true", help="compile the steps for --topology and show XLA's own account")
-    cli_convert.add_verbs(add)
+    cli_convert.add_verbs(add, _hub_flags, _process_flags)
     return parser
 
 
@@ -401,9 +401,19 @@ def _model_flags(p: argparse.ArgumentParser):
     )
     p.add_argument("--dtype", choices=("bfloat16", "float32"), help="of weights and compute (default: as stored)")
     p.add_argument("--layers", type=int, metavar="N", help="only the first N layers")
+    _hub_flags(p)
+
+
+def _hub_flags(p: argparse.ArgumentParser):
     p.add_argument("--revision", help="of a Hub id: branch, tag or commit")
     p.add_argument("--token", help="for the Hub (default: the one you logged in with)")
     p.add_argument("--offline", action="store_true", help="never go to the Hub, use what is downloaded")
+
+
+def _memory_flag(p: argparse.ArgumentParser):
+    p.add_argument(
+        "--memory", type=console.size, metavar="SIZE", help="of the host, on the way to devices (default 1GiB)"
+    )
 
 
 def _process_flags(p: argparse.ArgumentParser):
@@ -482,6 +492,7 @@ def _load(args: argparse.Namespace):
     from glm_jax.loading import DEMO, load
 
     options = {key: getattr(args, key) for key in ("mesh", "rules", "dtype", "layers", "revision", "token", "offline")}
+    options |= {"memory": args.memory} if args.memory is not None else {}
     with console.progress("loading", args.quiet) as progress:
         model, tokenizer = load(args.model or DEMO, **options, progress=progress)
     if tokenizer is None:

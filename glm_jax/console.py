@@ -1,6 +1,8 @@
 """What a person in front of a terminal sees while something takes long."""
 
+import argparse
 import contextlib
+import re
 import sys
 import time
 
@@ -29,3 +31,13 @@ def progress(what: str, quiet: bool = False):
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None, visible=False)
         yield lambda done, total: bar.update(task, completed=done, total=total, visible=time.monotonic() - begin > 1)
+
+
+def size(text: str) -> int:
+    """Bytes, as a person writes them: 512MiB, 2GB, 1.5GiB, or a bare number."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B?|B)?", text.strip().upper())
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, as 512MiB or 2GB")
+    number, prefix, binary = found.groups()
+    base = 1024 if binary else 1000
+    return int(float(number) * base ** (" KMGT".index(prefix) if prefix else 0))

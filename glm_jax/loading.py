@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from glm_jax.config import Config
 from glm_jax.convert import hf, table
-from glm_jax.convert.hub import fetch
+from glm_jax.convert.hub import fetch, fetch_weights
 from glm_jax.convert.safetensors import Tensor, read_folder, read_index
 from glm_jax.errors import BadInput, DestinationError, UsageError
 from glm_jax.model import GLM, check_mesh
@@ -43,8 +43,9 @@ def load(
 
     `mesh` as in "expert=4,tensor=2", default: all devices, experts spread as far as they go. `dtype` ("bfloat16" or
     "float32") of weights and compute, default as stored; the router bias stays float32. `layers=N` reads the first N
-    layers only. `memory` is how many bytes of the host's hold weights on their way to devices, at most; what is read
-    for devices that are the host is read in place. `progress(done, total)` is told bytes. Everything is checked, the memory too, before a weight is read.
+    layers only. `memory` is how many bytes of the host's may hold weights on their way to devices; for devices that
+    are the host each is read where it stays. `progress(done, total)` is told bytes. Everything is checked, the devices'
+    memory too, before a weight is read.
     Raises BadInput, MissingInput, NoSpace or UsageError, each with one line that says what to change."""
     options: dict[str, Any] = {"revision": revision, "token": token, "offline": offline}
     devices = jax.devices()  # of several processes the first to ask waits for the others
@@ -110,14 +111,6 @@ def _check_all_take_part(mesh) -> None:
             f"--mesh {describe(mesh)} takes {mesh.size} of {jax.device_count()} devices, and none of process "
             f"{', '.join(map(str, idle))}: take a mesh of all devices, or start fewer processes"
         )
-
-
-def fetch_weights(path: "str | Path", folder: Path, indexed: dict[str, str] | None, revision=None, **options) -> None:
-    """Downloads the files of the tensors in `indexed`, all without it, of the Hub's snapshot `folder`; a folder on this
-    machine has them."""
-    if not Path(path).expanduser().exists():
-        weights = ["*.safetensors"] if indexed is None else sorted(set(indexed.values()))
-        fetch(path, revision=folder.name, weights=weights, **options)  # that commit, though the branch may have moved
 
 
 def read_tensors(folder: Path, config: Config, wanted: Callable[[str], bool]) -> tuple[Config, dict[str, Tensor]]:

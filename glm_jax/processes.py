@@ -54,6 +54,7 @@ class _Job:
         self.place, self.lines, self.hosts = place, lines, hosts
         self.heard = {i: queue.SimpleQueue() for i in lines}  # what each said
         self.writing = threading.Lock()
+        self.devices = False  # are jax's to share
         self.done = False  # from here on a line may close
         self.ending = threading.Event()  # this process has a reason to end
         self.reason: tuple[int, str] | None = None  # which other process ended, and its words
@@ -100,13 +101,18 @@ stderr = 2  # where this process's last words go
 
 
 def start(
-    coordinator: str | None = None, processes: int | None = None, process: int | None = None, wait: float = WAIT
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    wait: float = WAIT,
+    devices: bool = True,
 ) -> None:
     """Makes this process one of several, if it is; call it first, before anything that asks jax for a device.
 
     `coordinator` is "HOST:PORT" of process 0, `processes` how many there are, `process` which this is, from 0; so are
     JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. What is not given is taken from Slurm, Open MPI, a
-    JobSet or a TPU slice. A process that is alone is left as it is; a second call does nothing.
+    JobSet or a TPU slice. A process that is alone is left as it is; a second call does nothing. Without `devices` jax
+    is not imported: the processes share out work of their hosts, and a lone process on a TPU slice is alone.
 
     From then on an end of one process is an end of all: within seconds each says why on stderr and exits with 1.
     Raises UsageError for numbers that cannot be or if jax has its devices already, and GLMError if not all have met
@@ -114,8 +120,12 @@ def start(
     global _job
     if _job is not None:
         return
-    place = find(coordinator, processes, process, wait)
+    place = find(coordinator, processes, process, wait, devices)
     if place is None:
+        return
+    if not devices:
+        _job = _Job(place, *_meet(place, wait))
+        atexit.register(_at_exit)
         return
     import jax
 
@@ -132,6 +142,7 @@ def start(
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     _job = _Job(place, lines, hosts)
+    _job.devices = True
     jax.distributed.initialize(
         _relay(lines[0].getpeername()) if place.process else place.coordinator,
         place.processes,
@@ -194,8 +205,6 @@ def finish() -> None:
     global _job
     if _job is None:
         return
-    import jax
-
     job = _job
     if job.place.process:
         job.send({"say": "done"})
@@ -209,7 +218,15 @@ def finish() -> None:
     if job.place.process == 0:  # only now: who is told that all are done listens no more to who dies
         job.send({"say": "done"})
     job.done = True
-    jax.distributed.shutdown()  # waits for all
+    if job.devices:
+        import jax
+
+        jax.distributed.shutdown()  # waits for all
+    elif job.place.process:
+        job.send({"say": "done"})
+    else:  # until nobody would take a closing line for a death
+        for i in job.lines:
+            _next(job.heard[i], end)
     for line in job.lines.values():
         line.close()
     _job = None
@@ -520,8 +537,11 @@ def _hello(line: socket.socket) -> dict:
 # ---- who am I
 
 
-def find(coordinator: str | None, processes: int | None, process: int | None, wait: float = WAIT) -> Place | None:
-    """This process's place among several, by what is given, the environment, and the cluster; None if it is alone."""
+def find(
+    coordinator: str | None, processes: int | None, process: int | None, wait: float = WAIT, slices: bool = True
+) -> Place | None:
+    """This process's place among several, by what is given, the environment, and the cluster, and unless told
+    otherwise the TPU slice; None if it is alone."""
     env = os.environ
     coordinator = coordinator or env.get("JAX_COORDINATOR_ADDRESS")
     processes = _number("JAX_NUM_PROCESSES") if processes is None else processes
@@ -530,7 +550,7 @@ def find(coordinator: str | None, processes: int | None, process: int | None, wa
     if processes == 1 and not process:
         return None
     if None in (coordinator, processes, process):
-        cluster = _cluster(coordinator, processes, wait)
+        cluster = _cluster(coordinator, processes, wait, slices)
         if cluster is not None:
             coordinator, processes = coordinator or cluster.coordinator, processes or cluster.processes
             process = cluster.process if process is None else process
@@ -563,7 +583,7 @@ def _number(name: str) -> int | None:
     return int(text)
 
 
-def _cluster(coordinator: str | None, processes: int | None, wait: float) -> Place | None:
+def _cluster(coordinator: str | None, processes: int | None, wait: float, slices: bool) -> Place | None:
     """What the launcher says, where it has started more than one process. The addresses are jax's to know."""
     env = os.environ
     # A shell of sbatch or salloc has the variables of the job, but is a step of one task.
@@ -581,7 +601,7 @@ def _cluster(coordinator: str | None, processes: int | None, wait: float) -> Pla
     if (pod := _number("JOB_COMPLETION_INDEX")) is not None and (processes or 1) > 1:
         assert processes is not None
         return Place(coordinator or _first_pod(), processes, pod, [], "JobSet")
-    if "tpu" in env.get("JAX_PLATFORMS", "tpu") and importlib.util.find_spec("libtpu"):
+    if slices and "tpu" in env.get("JAX_PLATFORMS", "tpu") and importlib.util.find_spec("libtpu"):
         from jax._src import clusters
 
         for cluster in (clusters.GkeTpuCluster, clusters.GceTpuCluster):

@@ -595,8 +595,9 @@ def test_files_that_come_and_go_are_found(tmp_path):
         verify(tmp_path / "to")
     with pytest.raises(BadInput, match=r"mtp.safetensors: has None bytes, the manifest says"):
         load(tmp_path / "to")
-    with pytest.raises(MissingInput, match="not made by glm-jax convert"):
-        verify(tmp_path / "hf")
+    (tmp_path / "to/glm_seal.json").unlink()
+    with pytest.raises(MissingInput, match="not made by glm-jax convert, or never finished"):
+        verify(tmp_path / "to")
 
 
 def test_a_source_is_compared(tmp_path):
@@ -643,7 +644,7 @@ def test_ctrl_c_leaves_what_the_same_command_goes_on_with(tmp_path):
     code += "from glm_jax.cli import main; sys.exit(main())"
     argv = [sys.executable, "-c", code, "convert", str(folder), str(tmp_path / "to"), "--mode", "copy"]
     child = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    while not (tmp_path / ("to" + STAGING) / "journal.jsonl").exists():
+    while not (tmp_path / ("to" + STAGING) / "journal-0.jsonl").exists():
         assert child.poll() is None, child.communicate()
         time.sleep(0.01)
     child.send_signal(signal.SIGINT)
