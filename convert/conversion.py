@@ -468,8 +468,9 @@ def _run(mine: Sequence[int], jobs: Sequence[tuple], log: Journal, on_event: Eve
         else:
             first = next((i for i, part in enumerate(parts) if log.tensors[part.name].sha256 is None), len(parts))
             todo = list(parts[first:])
-        watch.passed(size - sum(p.nbytes for p in todo), parts[0].name if parts else "")
-        stream(content, size, todo, log.add, watch.passed, stop, at, stamp)
+        start = todo[0].offset if len(todo) < len(parts) and todo else 0  # the header was written with the first
+        watch.passed(start if todo else size, parts[0].name if parts else "")
+        stream(content, size, todo, log.add, watch.passed, stop, at, stamp, start)
 
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         pending = [pool.submit(one, i) for i in mine]

@@ -19,7 +19,7 @@ from glm_jax.errors import BadInput
 
 PIECE = 8 << 20  # bytes that are read, digested and written at once; a multiple of a disk's blocks
 SYNCED = 64 << 20  # bytes after which what was written is brought to the disk
-_BLOCK = 4096
+BLOCK = 4096  # bytes of a disk's block, or several
 _MADE = 1 << 20  # bytes of another dtype that are made at once
 _SLICE = 1 << 17  # numbers that are looked through at once, few enough for the processor's cache
 _EXPONENT = {"BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000), FP8: (np.uint8, 0x7F)}
@@ -79,15 +79,16 @@ def stream(
     stop: threading.Event,
     target: Path | None = None,
     stamp: tuple[int, int] | None = None,
+    start: int = 0,
 ) -> None:
-    """Takes the bytes of a file of so many, piece by piece, from a file or as a function makes them, from the first of
-    `parts` on, which are the tensors that are wanted in the order of their bytes; without any, nothing.
+    """Takes the bytes of a file of so many, piece by piece, from a file or as a function makes them, from `start` on,
+    for `parts`, which are the tensors that are wanted in the order of their bytes; without any, nothing.
 
     They are written to `target` if that is given. `found` is told of tensors that have gone by and are on the disk,
     `passed` of every piece. A file must be of the same (size, mtime_ns) as `stamp` before and afterwards."""
     if not parts:
         return
-    position = parts[0].offset // _BLOCK * _BLOCK if parts[0].offset >= PIECE else 0
+    position = start // BLOCK * BLOCK
     buffer, done, left = memoryview(mmap.mmap(-1, PIECE)), [], list(parts)[::-1]
     now = _Tensor(left.pop())
     out = _Target(target, size) if target else None
@@ -168,11 +169,11 @@ class _Target:
 
     def write(self, piece: memoryview, position: int) -> None:
         with blamed_on(self.path, self.size):
-            fd = self.direct if self.direct >= 0 and len(piece) % _BLOCK == 0 else self.fd
+            fd = self.direct if self.direct >= 0 and len(piece) % BLOCK == 0 else self.fd
             while piece:
                 n = os.pwrite(fd, piece, position)
                 piece, position = piece[n:], position + n
-                fd = self.fd if n % _BLOCK else fd
+                fd = self.fd if n % BLOCK else fd
                 self.behind += n
 
     def sync(self, always: bool = False) -> bool:

@@ -87,11 +87,15 @@ def _opened(folder: Path, paths: list[str]) -> tuple[dict[str, Any], str]:
         for first, rest in (("", names), (names[0], names[1:])):
             if ".".join(rest) in wanted:
                 at.setdefault(first, {})[".".join(rest)] = ".".join(key)
-    if len(at) != 1:
-        told = f"below {', '.join(sorted(map(repr, at)))}: which is not said" if at else f"such as {paths[0]}"
-        raise BadInput(f"{folder}: has {'several sets of' if at else 'none of the'} weights of this model, {told}")
+    if not at:
+        raise BadInput(f"{folder}: has none of the weights of this model, such as {paths[0]}")
+    most = max(map(len, at.values()))
+    best = [first for first in at if len(at[first]) == most]
+    if len(best) > 1 and "" not in best:
+        told = ", ".join(sorted(map(repr, best)))
+        raise BadInput(f"{folder}: has several sets of weights of this model, below {told}: save one of them alone")
     found, driver = {}, "zarr3" if zarr3 else "zarr"
-    for path, key in next(iter(at.values())).items():
+    for path, key in at["" if "" in best else best[0]].items():
         store = {"driver": "ocdbt", "base": f"file://{inner[0].resolve()}/", "path": f"{key}/"}
         try:
             found[path] = tensorstore.open({"driver": driver, "kvstore": store}, open=True, read=True).result()
