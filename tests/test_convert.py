@@ -2,8 +2,10 @@
 run."""
 
 import errno
+import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from glm_jax import load
 from glm_jax.cli import main
 from glm_jax.config import tiny
+from glm_jax.console import size
 from glm_jax.convert import convert, export, gc, native, ocdbt, streaming, table, verify
 from glm_jax.convert.conversion import LOCK, STAGING
 from glm_jax.convert.safetensors import read_folder
@@ -634,6 +637,94 @@ def test_the_commands(tmp_path, capfd):
     code, out, err = tell("verify", tmp_path / "to")
     assert (code, out) == (65, "") and err.startswith("glm-jax: ") and err.count("\n") == 1
     assert tell("verify", tmp_path / "nowhere")[0] == 66
+
+
+def test_a_dry_run_says_what_it_would_take(tmp_path, capsys):
+    folder = write_text_model(tmp_path / "hf")
+    tell = lambda *argv: (main(["convert", str(folder), str(tmp_path / "to"), "--dry-run", *argv]), capsys.readouterr())
+    code, said = tell("--mode", "copy", "--json", "--workers", "2")
+    facts, size = json.loads(said.out), sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    assert code == 0 and facts["writes"] == facts["bytes"] == size and facts["read_bytes_per_s"] > 0
+    alone = json.loads(tell("--mode", "copy", "--json", "--workers", "1")[1].out)
+    assert facts["memory"] - alone["memory"] == 24 << 20  # a worker
+    assert json.loads(tell("--json")[1].out)["writes"] == 0  # linked
+    code, said = tell("--dtype", "bf16")
+    assert re.search(r"[\d,]+ of them to be written, \d+ MiB of memory, 0 s to read and digest it", said.out), said.out
+    code, said = tell("--memory", "40MB")
+    assert code == 2 and re.search(r"--memory 40,000,000: [\d,]+ bytes for the plan .* at least [\d,]+\n", said.err)
+    with pytest.raises(SystemExit):
+        tell("--memory", "much")
+    assert "'much' is no size, as 512MiB or 2GB" in capsys.readouterr().err
+    assert not list(tmp_path.glob("to*"))
+
+
+@pytest.mark.parametrize(
+    "text, nbytes", [("7", 7), ("7B", 7), ("2GB", 2 * 10**9), ("512MiB", 2**29), ("1.5 gib", 3 * 2**29), ("3k", 3000)]
+)
+def test_sizes_as_people_write_them(text, nbytes):
+    assert size(text) == nbytes
+
+
+def cached(root: Path, folder: Path) -> Path:
+    """A folder as the Hub's cache holds it: links to files under their SHA-256."""
+    snapshot = root / "models--zai-org--GLM-4.6" / "snapshots" / ("c" * 40)
+    blobs = snapshot.parents[1] / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text("c" * 40)
+    for path in folder.iterdir():
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = digest if path.suffix == ".safetensors" else digest[:40]  # what did not come through LFS
+        shutil.copy(path, blobs / digest)
+        (snapshot / path.name).symlink_to(f"../../blobs/{digest}")
+    return snapshot
+
+
+def test_a_folder_of_the_hubs_cache(tmp_path, monkeypatch, capsys):
+    folder = source(tmp_path / "hf")
+    snapshot = cached(tmp_path / "hub", folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    events = []
+    assert verify(snapshot, on_event=events.append) is None
+    assert events[-1]["files_digested"] == events[-1]["files"] == 4
+    assert convert("zai-org/GLM-4.6", tmp_path / "to", offline=True).mode == "index"
+    assert verify(tmp_path / "to", source=folder).root == convert(folder, tmp_path / "copy", "copy").root
+    assert not any(p.is_symlink() for p in (tmp_path / "to").rglob("*"))
+    export(tmp_path / "to", tmp_path / "back", exact=True)
+    assert tree_of(tmp_path / "back") == tree_of(folder)
+    assert main(["verify", str(snapshot), "--structure"]) == 0
+    assert "agree on" in (out := capsys.readouterr().out) and "of 4 files 0 have a digest" in out
+    flip((snapshot / "mtp.safetensors").resolve(), 8 * 100_000)
+    with pytest.raises(BadInput, match="mtp.safetensors is not what the Hub has under its name"):
+        verify(snapshot)
+
+
+def test_a_converted_folder_may_be_the_source(tmp_path):
+    folder = source(tmp_path / "hf")
+    convert(folder, tmp_path / "to")
+    again = convert(tmp_path / "to", tmp_path / "narrow", dtype="bf16")
+    assert again.root == convert(folder, tmp_path / "direct", dtype="bf16").root
+    with pytest.raises(DestinationError, match="this is the source"):
+        convert(tmp_path / "to", tmp_path / "to")
+
+
+def test_a_folder_that_was_not_converted_is_checked_as_far_as_it_can_be(tmp_path):
+    folder = source(tmp_path / "hf")
+    assert verify(folder) is None
+    with pytest.raises(MissingInput, match="not made by glm-jax convert"):
+        verify(folder, source=folder)
+    os.truncate(folder / "mtp.safetensors", (folder / "mtp.safetensors").stat().st_size - 1)
+    with pytest.raises(BadInput, match="mtp.safetensors: the file has .* truncated by 1"):
+        verify(folder)
+
+
+def test_a_header_longer_than_a_piece_is_written_too(tmp_path, monkeypatch):
+    convert(source(tmp_path / "hf"), tmp_path / "to", "copy")
+    export(tmp_path / "to", tmp_path / "one")
+    monkeypatch.setattr(streaming, "PIECE", 4096)
+    export(tmp_path / "to", tmp_path / "two")
+    assert tree_of(tmp_path / "one") == tree_of(tmp_path / "two")
 
 
 @pytest.mark.slow
