@@ -14,6 +14,7 @@ from glm_jax.config import Config
 from glm_jax.convert.safetensors import (
     DTYPES,
     INDEX,
+    SMALL,
     Tensor,
     header_bytes,
     read_folder,
@@ -28,7 +29,6 @@ FORMAT = 1  # of the folder that is made
 FP8 = "F8_E4M3"
 SCALES = ("_scale", "_scale_inv")  # of X.weight: one for each output, or one for each block
 STORED = {"bf16": "BF16", "bfloat16": "BF16", "f32": "F32", "float32": "F32"}  # what --dtype may say
-SMALL = 64 << 20  # bytes that a file beside the weights has at most to be taken along
 TEXTS = (".json", ".txt", ".jinja", ".model", ".md")
 ROUTER_BIAS = "e_score_correction_bias"
 

@@ -51,6 +51,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SMALL = 64 << 20  # bytes that a file beside the weights has at most to be taken along
 _MAX_HEADER = 100_000_000
 _MAX_TENSORS = 1_000_000
 _MAX_AXES = 32
@@ -148,28 +149,33 @@ def read_header(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_raw_header(path: Path) -> bytes:
-    """The header of a file as it stands there, its length in front; for one that `read_header` has checked."""
-    with opened(path) as (fd, _):
+    """The header of a file as it stands there, its length in front, unparsed."""
+    with opened(path) as (fd, (size, _)):
         head = bytearray(8)
         read_exactly(fd, memoryview(head), 0, path, "the header's length")
-        raw = bytearray(8 + int.from_bytes(head, "little"))
+        length = int.from_bytes(head, "little")
+        if length > min(_MAX_HEADER, size - 8):
+            raise BadInput(f"{path}: the header says it has {length:,} bytes, the file has {size:,}: it was changed")
+        raw = bytearray(8 + length)
         read_exactly(fd, memoryview(raw), 0, path, "the header")
     return bytes(raw)
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
+def read_json(path: Path, what: str, most: int = _MAX_HEADER) -> dict[str, Any]:
     """A file that is a JSON object, no key twice; BadInput says `what` it should have been."""
     with opened(path) as (fd, (size, _)):
-        if size > _MAX_HEADER:
-            raise BadInput(f"{path}: {size:,} bytes, {what} has at most {_MAX_HEADER:,}")
+        if size > most:
+            raise BadInput(f"{path}: {size:,} bytes, {what} has at most {most:,}")
         raw = bytearray(size)
         read_exactly(fd, memoryview(raw), 0, path, what)
     return _json(path, raw, what)
 
 
-def read_small(path: Path) -> bytes:
+def read_small(path: Path, most: int = SMALL) -> bytes:
     """All of a small file; as with weights, no link is followed but the Hugging Face cache's own."""
     with opened(path) as (fd, (size, _)):
+        if size > most:
+            raise BadInput(f"{path}: {size:,} bytes, at most {most:,} are read of such a file")
         raw = bytearray(size)
         read_exactly(fd, memoryview(raw), 0, path, "the file")
     return bytes(raw)
@@ -218,7 +224,7 @@ def read_folder(folder: Path | str, wanted: Callable[[str], bool] = lambda name:
             f"{folder}: {len(missing)} of {len(files_wanted)} files named by {INDEX} are missing: {each}"
         )
     if extra := [name for name in files if name not in named]:
-        raise BadInput(f"{folder}: {INDEX} does not name {', '.join(extra)}: move what does not belong here away")
+        raise BadInput(f"{folder}: {INDEX} does not name {_some(extra)}: move what does not belong here away")
     tensors = {}
     for name in files_wanted:
         header, _ = read_header(folder / name)
@@ -437,7 +443,7 @@ def _read_index(path: Path) -> dict[str, str]:
 def _no_index(folder: Path, files: list[str], found: list[str]) -> MissingInput | BadInput:
     """Why a folder without an index is no checkpoint: anything but the one file model.safetensors."""
     if SINGLE in files:
-        rest = ", ".join(name for name in files if name != SINGLE)
+        rest = _some([name for name in files if name != SINGLE])
         return BadInput(
             f"{folder}: {rest} beside {SINGLE}, but no {INDEX} that names them: fetch it from the same place, or move "
             f"{rest} away to load {SINGLE} alone"
