@@ -392,7 +392,8 @@ def _is_text(value: object) -> bool:
     return type(value) is str and not re.search("[\ud800-\udfff]", value)
 
 
-def _good_name(name: str) -> bool:
+def is_name(name: str) -> bool:
+    """Whether a tensor may be called so."""
     return name.isprintable() and 0 < len(name.encode()) <= 512
 
 
@@ -402,7 +403,7 @@ def _tensor(path: Path, name: str, entry: Any, data: int, stamp: tuple[int, int]
     def bad(why: str) -> BadInput:
         return BadInput(f"{path}: tensor {show(name)}: {why}")
 
-    if not _good_name(name):
+    if not is_name(name):
         raise bad("a name is 1 to 512 bytes of printable text")
     if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise bad(f"want an object of dtype, shape and data_offsets, have {show(entry)}")
@@ -433,7 +434,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if type(where) is not dict or not where:
         raise BadInput(f"{path}: weight_map is not an object that gives each tensor's file: {show(where)}")
     for name, file in where.items():
-        if not _good_name(name):
+        if not is_name(name):
             raise BadInput(f"{path}: tensor {show(name)}: a name is 1 to 512 bytes of printable text")
         if type(file) is not str or not SHARD.fullmatch(file):
             raise BadInput(f"{path}: tensor {show(name)}: {show(file)} is not the bare name of a .safetensors file")
@@ -498,7 +499,7 @@ def header_bytes(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: 
         raise UsageError(f"{path}: metadata must be strings: {show(header['__metadata__'])}")
     end = 0
     for name, dtype, shape in tensors:
-        if not _good_name(name) or name in header:
+        if not is_name(name) or name in header:
             raise UsageError(f"{path}: {show(name)} cannot be a tensor's name: 1 to 512 bytes, printable, once")
         offsets = [end, end := end + math.prod(shape) * DTYPES[dtype].itemsize]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
