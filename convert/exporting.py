@@ -19,9 +19,18 @@ from glm_jax.convert.conversion import (
     run,
     staging,
 )
-from glm_jax.convert.native import HF, SEAL, Manifest, Record, sync_folders, write_small
+from glm_jax.convert.native import HF, SEAL, Manifest, Record, misplaced, sync_folders, write_small
 from glm_jax.convert.planning import Output, Part, sha256
-from glm_jax.convert.safetensors import INDEX, SINGLE, Tensor, blamed_on, header_bytes, read_folder, read_raw_header
+from glm_jax.convert.safetensors import (
+    INDEX,
+    SINGLE,
+    Tensor,
+    blamed_on,
+    header_bytes,
+    read_folder,
+    read_raw_header,
+    read_small,
+)
 from glm_jax.convert.streaming import made_of
 from glm_jax.convert.table import file_order
 from glm_jax.errors import BadInput, DestinationError, GLMError, MissingInput, UsageError
@@ -53,7 +62,9 @@ def export(
         was = f"--dtype {manifest.facts['dtype']}" if manifest.mode == "repack" else "--mtp drop"
         raise UsageError(f"--exact: {folder} was converted with {was}, so the source's bytes are not in it")
     tensors = read_folder(folder / HF)
-    beside = {name: (folder / HF / name).read_bytes() for name in manifest.facts["beside"]}
+    if wrong := misplaced(manifest, tensors):
+        raise BadInput(f"{folder}: {', '.join(wrong[:3])}: not as the manifest says: glm-jax verify {folder}")
+    beside = {name: read_small(folder / HF / name) for name in manifest.facts["beside"]}
     for name, data in beside.items():
         if sha256(data) != manifest.facts["beside"][name]:
             raise BadInput(f"{folder / HF / name}: was changed: glm-jax verify {folder}")
