@@ -24,7 +24,7 @@ import numpy as np
 
 from glm_jax.convert import ocdbt
 from glm_jax.convert.planning import FORMAT, Array, Plan, belongs, digest, sha256
-from glm_jax.convert.safetensors import DTYPES, SHARD, Tensor, is_name, read_small
+from glm_jax.convert.safetensors import DTYPES, SHARD, Tensor, blamed_on, is_name, read_small
 from glm_jax.errors import BadInput, show
 
 SEAL = "glm_seal.json"
@@ -143,28 +143,28 @@ def _wrong(m: Manifest) -> Iterator[str]:
     if not m.aliases.items() <= _ALIASES:
         yield f"aliases {show(m.aliases)}"
     for name, sha in facts["beside"].items():
-        if not belongs(name) or not _is_digest(sha):
+        if not belongs(name) or not is_digest(sha):
             yield f"{show(name)} is no file that comes along"
     for name, (size, sha) in facts["files"].items():
-        if not SHARD.fullmatch(name) or not _is_count(size) or not _is_digest(sha):
+        if not SHARD.fullmatch(name) or not is_count(size) or not is_digest(sha):
             yield f"{show(name)} is no file of weights"
     for name, file in m.files.items():
         if not SHARD.fullmatch(name) or file.keys() != {"size", "header", "verbatim"}:
             yield f"{show(name)} is not the bare name of a .safetensors file, with size, header and verbatim"
-        if not _is_count(file["size"]) or not _is_digest(file["header"]) or type(file["verbatim"]) is not bool:
+        if not is_count(file["size"]) or not is_digest(file["header"]) or type(file["verbatim"]) is not bool:
             yield f"file {show(name)}: {show(file)}"
     for name, t in m.tensors.items():
-        whole = is_name(name) and all(map(_is_count, (*t.shape, t.offset, t.nbytes)))
+        whole = is_name(name) and all(map(is_count, (*t.shape, t.offset, t.nbytes)))
         if not whole or t.nbytes != math.prod(t.shape) * DTYPES[t.dtype].itemsize:
             yield f"tensor {show(name)}: {show(t.dtype)} {show(list(t.shape))} of {show(t.nbytes)} bytes"
         elif t.offset < 8 or t.offset + t.nbytes > m.files[t.file]["size"]:
             yield f"tensor {show(name)}: {t.nbytes:,} bytes from {t.offset:,} on are not in {show(t.file)}"
-        elif not (t.sha256 is None or _is_digest(t.sha256)) or not (t.nonfinite is None or _is_count(t.nonfinite)):
+        elif not (t.sha256 is None or is_digest(t.sha256)) or not (t.nonfinite is None or is_count(t.nonfinite)):
             yield f"tensor {show(name)}: SHA-256 {show(t.sha256)}, {show(t.nonfinite)} not finite"
     for a in m.arrays:
-        if not re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", a.path) or a.dtype not in _ZARR or not all(map(_is_count, a.shape)):
+        if not re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", a.path) or a.dtype not in _ZARR or not all(map(is_count, a.shape)):
             yield f"array {show(a.path)}: {show(a.dtype)} {show(list(a.shape))}"
-        elif not _is_count(a.stacked) or math.prod(a.shape[: a.stacked]) != len(a.tensors):
+        elif not is_count(a.stacked) or math.prod(a.shape[: a.stacked]) != len(a.tensors):
             yield f"array {show(a.path)}: {len(a.tensors):,} tensors are no stack of {show(list(a.shape))}"
         numbers = math.prod(a.shape[a.stacked :])
         for t in map(m.tensors.__getitem__, a.tensors):
@@ -172,11 +172,11 @@ def _wrong(m: Manifest) -> Iterator[str]:
                 yield f"array {show(a.path)}: one of its tensors is {t.dtype} {show(list(t.shape))}"
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _is_digest(value: Any) -> bool:
+def is_digest(value: Any) -> bool:
     return type(value) is str and bool(_SHA256.fullmatch(value))
 
 
@@ -309,17 +309,20 @@ def hf_folder(folder: Path) -> Path:
 
 
 def write_small(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes small files and brings them to the disk, each whole or not at all."""
+    """Writes small files and brings them to the disk, each whole or not at all. Raises NoSpace and DestinationError."""
     for name, data in files.items():
         path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    sync_folders({(folder / name).parent for name in files} | {folder})
+        with blamed_on(path, len(data)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.unlink(missing_ok=True)
+            with open(temporary, "xb") as file:  # not what a link of this name leads to
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    with blamed_on(folder, 0):
+        sync_folders({(folder / name).parent for name in files} | {folder})
 
 
 def sync_folders(folders: Iterable[Path]) -> None:
