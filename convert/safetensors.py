@@ -217,9 +217,9 @@ def read_folder(folder: Path | str, wanted: Callable[[str], bool] = lambda name:
     files_wanted = sorted({file for name, file in where.items() if wanted(name)})
     missing = [name for name in files_wanted if not os.path.exists(folder / name)]  # False also for a link to nothing
     if missing:
-        held = {name: [t for t, file in where.items() if file == name] for name in missing}
-        each = "; ".join(f"{name} ({_some(names)})" for name, names in [*held.items()][:4])
-        each += f"; and {len(held) - 4} more" if len(held) > 4 else ""
+        held = {name: [t for t, file in where.items() if file == name] for name in missing[:4]}
+        each = "; ".join(f"{name} ({_some(names)})" for name, names in held.items())
+        each += f"; and {len(missing) - 4} more" if len(missing) > 4 else ""
         raise MissingInput(
             f"{folder}: {len(missing)} of {len(files_wanted)} files named by {INDEX} are missing: {each}"
         )
@@ -234,7 +234,8 @@ def read_folder(folder: Path | str, wanted: Callable[[str], bool] = lambda name:
             other = where[elsewhere[0]]
             raise BadInput(f"{folder / name}: {_some(elsewhere)} in the file, but {INDEX} says {other}")
         tensors.update(header)
-    if absent := [t for t, file in where.items() if file in files_wanted and t not in tensors]:
+    opened_files = set(files_wanted)
+    if absent := [t for t, file in where.items() if file in opened_files and t not in tensors]:
         file = where[absent[0]]
         raise BadInput(f"{folder / file}: {_some([t for t in absent if where[t] == file])} not in it as {INDEX} says")
     return tensors
