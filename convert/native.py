@@ -161,8 +161,8 @@ def _wrong(m: Manifest) -> Iterator[str]:
             yield f"tensor {show(name)}: {t.nbytes:,} bytes from {t.offset:,} on are not in {show(t.file)}"
         elif not (t.sha256 is None or is_digest(t.sha256)) or not (t.nonfinite is None or is_count(t.nonfinite)):
             yield f"tensor {show(name)}: SHA-256 {show(t.sha256)}, {show(t.nonfinite)} not finite"
-    if len({a.path for a in m.arrays}) < len(m.arrays):
-        yield "an array is given twice"
+    if not 0 < len({a.path for a in m.arrays}) == len(m.arrays):
+        yield "no array, or one that is given twice"
     for a in m.arrays:
         if not re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", a.path) or a.dtype not in _ZARR or not all(map(is_count, a.shape)):
             yield f"array {show(a.path)}: {show(a.dtype)} {show(list(a.shape))}"
