@@ -5,7 +5,9 @@ Headers of safetensors files and indexes alone are in test_safetensors.py; the t
 convert, verify, export and load. benchmarks/fuzz.py begins with them too."""
 
 import contextlib
+import functools
 import gzip
+import importlib
 import json
 import os
 import shutil
@@ -25,7 +27,7 @@ from hypothesis import strategies as st
 from test_convert import shard_of
 
 from glm_jax.config import Config, tiny
-from glm_jax.convert import convert, export, gc, native, plan, verify
+from glm_jax.convert import convert, export, gc, native, ocdbt, plan, verify
 from glm_jax.convert.conversion import LOCK, STAGING
 from glm_jax.convert.hub import fetch
 from glm_jax.convert.safetensors import INDEX
@@ -111,6 +113,14 @@ def refused(call: Callable, kind: type[GLMError], says: str, *names: object, out
 
 
 # ---- what all tests copy: a source, the folder it becomes, one that is half way there
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _():
+    """Checksums of files of one length, some hundred times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ocdbt, "_moved", functools.cache(ocdbt._moved))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -1039,3 +1049,23 @@ def test_whatever_the_bytes_of_manifest_and_seal(what, edits, made, tmp_path_fac
     only_ours(lambda: look(folder))
     only_ours(lambda: export(folder, folder.parent / "back"))
     shutil.rmtree(folder.parent)
+
+
+def test_some_thousand_cases_of_the_benchmark(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    fuzz = importlib.import_module("fuzz")
+    with warnings.catch_warnings():
+        found = fuzz.fuzz(5000, 1, tmp_path)
+    assert found["escaped"] == 0 and not list(tmp_path.glob("fuzz-*")), found
+    assert sum(found["ended"].values()) == 5000 and found["slowest_s"] < SECONDS
+    assert found["taken"].keys() == found["by_target"].keys() and found["lines_reached"] > 300
+
+
+def test_the_benchmark_sees_what_escapes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    fuzz = importlib.import_module("fuzz")
+    monkeypatch.setattr(fuzz, "read_index", lambda folder: json.loads((folder / INDEX).read_bytes()))
+    with warnings.catch_warnings():
+        found = fuzz.fuzz(300, 1, tmp_path)
+    assert found["escaped"] and "JSONDecodeError, which is not ours" in found["ended"]
+    assert "JSONDecodeError" in next(tmp_path.glob("fuzz-1-*-index.txt")).read_text()
