@@ -20,6 +20,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
 from folders import SMALL, random_tensors, write_model
 from hypothesis import HealthCheck, given, settings
@@ -30,7 +32,7 @@ from glm_jax.config import Config, tiny
 from glm_jax.convert import convert, export, gc, native, ocdbt, plan, verify
 from glm_jax.convert.conversion import LOCK, STAGING
 from glm_jax.convert.hub import fetch
-from glm_jax.convert.safetensors import INDEX
+from glm_jax.convert.safetensors import INDEX, read_folder
 from glm_jax.errors import BadInput, DestinationError, GLMError, MissingInput
 from glm_jax.loading import read_config, read_tensors
 
@@ -305,6 +307,22 @@ def test_a_config_that_can_be_read_but_not_written_again(levels, spoiled):
     put_config(spoiled, text_of(unknown="[" * levels + "]" * levels))
     with bounded(), contextlib.suppress(BadInput):
         plan(spoiled, "bf16")
+
+
+def test_a_block_far_wider_than_its_tensor(tmp_path):
+    x, fp8 = random_tensors(CONFIG), {}
+    for name, w in x.items():
+        fp8[name] = w if "e_score" in name else w.astype(ml_dtypes.bfloat16)
+        if name.endswith("proj.weight") and "eh_proj" not in name:
+            fp8[name] = w.astype(ml_dtypes.float8_e4m3fn)
+            fp8[name + "_scale_inv"] = np.full((-(-len(w) // 24), 1), 2, np.float32)
+    blocks = {"quant_method": "fp8", "weight_block_size": [24, 10**9]}
+    folder = write_model(tmp_path / "hf", CONFIG, fp8, dtype="bfloat16", quantization_config=blocks)
+    with bounded():
+        convert(folder, tmp_path / "to", dtype="bf16")
+    name = "model.layers.1.mlp.experts.5.down_proj.weight"
+    want = (fp8[name].astype(np.float32) * 2).astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(read_folder(tmp_path / "to/state/hf")[name].read(), want)
 
 
 # ---- the index and the files of a source
