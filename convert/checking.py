@@ -1,9 +1,11 @@
 """Whether a converted checkpoint is what it was: structure, index and every byte."""
 
 import concurrent.futures
+import hashlib
 import os
 import re
 import threading
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,13 @@ from glm_jax import processes
 from glm_jax.convert import native
 from glm_jax.convert.conversion import MEMORY, WORKERS, Event, Watch, fitting, locked, shares
 from glm_jax.convert.hub import fetch_whole
-from glm_jax.convert.native import HF, SEAL, Manifest, index_files, manifest_name, seal_bytes, write_small
+from glm_jax.convert.native import HF, SEAL, Manifest, index_files, manifest_name, misplaced, seal_bytes, write_small
 from glm_jax.convert.planning import STORED, Part, plan, sha256
-from glm_jax.convert.safetensors import read_raw_header
+from glm_jax.convert.safetensors import opened, read_raw_header
 from glm_jax.convert.streaming import stream
-from glm_jax.errors import BadInput, GLMError, MissingInput
+from glm_jax.errors import BadInput, GLMError, MissingInput, show
+
+_MOST_SMALL = 100_000_000  # bytes of a file that the seal names: Orbax's index may be as long
 
 
 def verify(
@@ -105,11 +109,19 @@ def _hugging_face(path: "str | Path", structure: bool, workers: int, on_event: E
 
 def _structure(folder: Path, manifest: Manifest, small: dict[str, str]) -> list[str]:
     problems = []
+    known = {*small, SEAL, *(f"{HF}/{name}" for name in manifest.files)}
+    for at, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(Path(at) / name)]
+        for name in [*files, *links]:
+            if (inside := str((Path(at) / name).relative_to(folder))) not in known or name in links:
+                problems.append(f"{inside if inside.isprintable() else show(inside)} does not belong here")
+        if links:  # nothing is read behind them
+            return problems
     for name, want in small.items():
         path = folder / name
         if path.is_symlink() or not path.is_file():
             problems.append(f"{name} is missing")
-        elif sha256(path.read_bytes()) != want:
+        elif _digest(path) != want:
             problems.append(f"{name} was changed")
     for name, data in index_files(manifest).items():
         if small.get(name) != sha256(data):
@@ -126,12 +138,27 @@ def _structure(folder: Path, manifest: Manifest, small: dict[str, str]) -> list[
             except GLMError:
                 same = False
             problems += [] if same else [f"the header of {HF}/{name} was changed"]
-    known = {*small, SEAL, *(f"{HF}/{name}" for name in manifest.files)}
-    for at, _, files in os.walk(folder):
-        for name in files:
-            if (inside := str((Path(at) / name).relative_to(folder))) not in known:
-                problems.append(f"{inside} does not belong here")
-    return problems
+    return problems or _as_planned(folder, manifest)
+
+
+def _digest(path: Path) -> str | None:
+    """The SHA-256 of a small file, None of one that is not small."""
+    with opened(path) as (fd, (size, _)), open(fd, "rb", closefd=False) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if size <= _MOST_SMALL else None
+
+
+def _as_planned(folder: Path, manifest: Manifest) -> list[str]:
+    """Whether tensors, arrays and aliases are those of the model in state/hf, as a plan of it has them: a seal and a
+    manifest that fit each other may still show Orbax another model than Hugging Face's tools."""
+    with warnings.catch_warnings():  # the conversion has said it
+        warnings.simplefilter("ignore")
+        made = plan(folder / HF)
+    if wrong := misplaced(manifest, made.tensors):
+        return [f"{len(wrong)} tensors are not where the manifest says: {', '.join(wrong[:3])}"]
+    there, told = ({a.path: a for a in arrays} for arrays in (made.arrays, manifest.arrays))
+    wrong = sorted(path for path in {*there, *told} if there.get(path) != told.get(path))
+    problems = [f"array {path} is not the stack of tensors that it should be" for path in wrong]
+    return problems + (["aliases are not this model's"] if made.aliases != manifest.aliases else [])
 
 
 def _bytes(folder: Path, manifest: Manifest, workers: int, on_event: Event):

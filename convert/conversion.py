@@ -23,9 +23,9 @@ from glm_jax.convert.hub import fetch_whole
 from glm_jax.convert.native import HF, SEAL, Manifest, Record, index_files, manifest_of, write_small
 from glm_jax.convert.planning import SCALES, Output, Part, Plan, differences, plan, sha256
 from glm_jax.convert.planning import digest as digest_of
-from glm_jax.convert.safetensors import blamed_on, opened, read_small
+from glm_jax.convert.safetensors import blamed_on, opened, read_json, read_small
 from glm_jax.convert.streaming import Stopped, made_of, stream
-from glm_jax.errors import BadInput, DestinationError, Locked, NoSpace, UsageError
+from glm_jax.errors import BadInput, DestinationError, GLMError, Locked, NoSpace, UsageError
 
 STAGING, LOCK = ".glm-jax-staging", ".glm-jax-lock"
 WORKERS = 3  # that read, digest and write: more than processors, since each waits for the disk
@@ -253,7 +253,7 @@ def _beside(made: Plan, name: str) -> bytes:
 
 def _link(path: Path, at: Path, stamp: tuple[int, int]) -> None:
     with blamed_on(at, 0):
-        if not (at.exists() and os.path.samestat(os.stat(at), os.stat(path))):
+        if not (at.exists() and os.path.samestat(os.lstat(at), os.stat(path))):
             at.unlink(missing_ok=True)
             os.link(path.resolve(), at)
         status = os.stat(at)
@@ -284,7 +284,7 @@ def check_space(folder: Path, nbytes: int, staged: Path) -> None:
         raise DestinationError(f"{folder}: {error.strerror}") from None
     if not os.access(folder, os.W_OK):
         raise DestinationError(f"{folder}: cannot be written")
-    there = sum(f.stat().st_blocks * 512 for f in (staged / HF).glob("*")) if staged.is_dir() else 0
+    there = sum(f.lstat().st_blocks * 512 for f in (staged / HF).glob("*")) if staged.is_dir() else 0
     free = status.f_bavail * status.f_frsize + there
     if nbytes > free:
         raise NoSpace(f"{folder}: {nbytes:,} bytes are to be written, {free:,} are free: {nbytes - free:,} short")
@@ -311,8 +311,9 @@ def locked(target: Path) -> Iterator[None]:
                 break
         os.close(fd)
     try:
-        os.ftruncate(fd, 0)
-        os.write(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        with blamed_on(path, 0):
+            os.ftruncate(fd, 0)
+            os.write(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -327,12 +328,19 @@ def staging(target: Path, facts: Mapping[str, Any], stamps: Mapping[str, Any]) -
     folder = target.with_name(target.name + STAGING)
     path, text = folder / "plan.json", json.dumps({"facts": facts, "stamps": stamps}, sort_keys=True).encode()
     facts, stamps = json.loads(text).values()
+    for inner in (folder, folder / "state", folder / HF):  # what is written there would be written somewhere else
+        if inner.is_symlink() or os.path.lexists(inner) and not inner.is_dir():
+            raise DestinationError(
+                f"{inner}: is not a folder that a conversion makes: remove it, or give another target"
+            )
     whole, before, stamped = (folder / SEAL).is_file(), None, stamps
     if whole:
         before = native.read(folder)[0].facts
-    elif path.is_file():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # changed by hand: nothing that can be gone on with
-            before, stamped = (json.loads(path.read_bytes())[key] for key in ("facts", "stamps"))
+    else:
+        with contextlib.suppress(GLMError):  # changed by hand: nothing that can be gone on with
+            begun = read_json(path, "the plan")
+            before, stamped = begun.get("facts"), begun.get("stamps")
+            before = before if isinstance(before, dict) else None
     if stamped != stamps:
         shutil.rmtree(folder)
     elif before is not None:
@@ -371,9 +379,10 @@ class Journal:
 
     def read(self) -> None:
         """Takes in what all processes have written by now."""
+        most = 1000 * (1000 + len(self.tensors))  # a name has 512 bytes at most, escaped more
         for path in sorted(self.folder.glob("journal-*.jsonl")):
-            for line in path.read_bytes().split(b"\n")[:-1]:
-                name, digest, wrong = json.loads(line)
+            for number, line in enumerate(read_small(path, most).split(b"\n")[:-1], 1):
+                name, digest, wrong = _entry(path, line, number)
                 if name in self.tensors:
                     self.tensors[name].sha256, self.tensors[name].nonfinite = digest, wrong
 
@@ -388,6 +397,17 @@ class Journal:
 
     def close(self) -> None:
         os.close(self.fd)
+
+
+def _entry(path: Path, line: bytes, number: int) -> tuple[str, str, int]:
+    """What a line of a journal says: tensor, SHA-256, how many numbers are wrong."""
+    try:
+        name, digest, wrong = json.loads(line)
+    except (ValueError, TypeError, RecursionError):
+        name = digest = wrong = None
+    if type(name) is not str or not native.is_digest(digest) or not native.is_count(wrong):
+        raise BadInput(f"{path}: line {number:,} is damaged: remove {path.parent}, and it begins anew")
+    return name, digest, wrong
 
 
 class Watch:
@@ -463,7 +483,7 @@ def _run(mine: Sequence[int], jobs: Sequence[tuple], log: Journal, on_event: Eve
 
     def one(i: int) -> None:
         content, size, parts, at, stamp = jobs[i]
-        if at is not None and not (at.is_file() and at.stat().st_size == size):
+        if at is not None and not (at.is_file() and not at.is_symlink() and at.stat().st_size == size):
             todo = list(parts)  # the journal may be of a file that is gone
         else:
             first = next((i for i, part in enumerate(parts) if log.tensors[part.name].sha256 is None), len(parts))
@@ -498,11 +518,12 @@ def finish(folder: Path, target: Path, manifest: Manifest) -> None:
 
 
 def _rename(folder: Path, target: Path) -> None:
-    sealed = json.loads((folder / SEAL).read_bytes())["files"]
-    for name in os.listdir(folder):  # what the way here needed, and manifests of attempts that ended before the seal
-        if name.startswith(("journal-", "plan.json", "glm_manifest-")) and name not in sealed:
-            (folder / name).unlink()
-    native.sync_folders([folder, folder / HF])
+    sealed = json.loads(read_small(folder / SEAL))["files"]
+    with blamed_on(folder, 0):
+        for name in os.listdir(folder):  # what the way here needed, and manifests of tries that ended before the seal
+            if name.startswith(("journal-", "plan.json", "glm_manifest-")) and name not in sealed:
+                (folder / name).unlink()
+        native.sync_folders([folder, folder / HF])
     with blamed_on(target, 0):
         if target.is_dir():
             target.rmdir()  # an empty one may be there
@@ -515,6 +536,8 @@ def gc(folder: "str | Path") -> list[Path]:
     Returns what was removed."""
     removed = []
     for path in sorted(Path(folder).expanduser().glob(f"*{STAGING}")):
+        if path.is_symlink() or not path.is_dir():  # made by nobody of ours
+            continue
         with contextlib.suppress(Locked), locked(path.with_name(path.name.removesuffix(STAGING))):
             shutil.rmtree(path)
             removed.append(path)

@@ -23,9 +23,18 @@ from glm_jax.convert.conversion import (
     run,
     staging,
 )
-from glm_jax.convert.native import HF, SEAL, Manifest, Record, sync_folders, write_small
+from glm_jax.convert.native import HF, SEAL, Manifest, Record, misplaced, sync_folders, write_small
 from glm_jax.convert.planning import Output, Part, sha256
-from glm_jax.convert.safetensors import INDEX, SINGLE, Tensor, blamed_on, header_bytes, read_folder, read_raw_header
+from glm_jax.convert.safetensors import (
+    INDEX,
+    SINGLE,
+    Tensor,
+    blamed_on,
+    header_bytes,
+    read_folder,
+    read_raw_header,
+    read_small,
+)
 from glm_jax.convert.streaming import made_of
 from glm_jax.convert.table import file_order
 from glm_jax.convert.trained import Trained, trained
@@ -68,21 +77,24 @@ def export(
         if exact and weights is not None:
             raise UsageError("--exact and --weights exclude each other: with other weights the bytes are others")
         workers = fitting(workers, memory, len(manifest.tensors))
-        tensors: dict[str, Tensor | Trained] = {**read_folder(folder / HF)}
-        stamps: dict[str, Any] = {t.file.name: list(t.stamp) for t in tensors.values()}  # type: ignore[union-attr]
+        held = read_folder(folder / HF)
+        if wrong := misplaced(manifest, held):
+            raise BadInput(f"{folder}: {', '.join(wrong[:3])}: not as the manifest says: glm-jax verify {folder}")
+        tensors: dict[str, Tensor | Trained] = {**held}
+        stamps: dict[str, Any] = {t.file.name: list(t.stamp) for t in held.values()}
         changed: dict[str, Trained] = {}
         if weights is not None:
             changed, stamps["weights"] = trained(weights, manifest)
             tensors |= changed
-        beside = {name: (folder / HF / name).read_bytes() for name in manifest.facts["beside"]}
+        beside = {name: read_small(folder / HF / name) for name in manifest.facts["beside"]}
         for name, data in beside.items():
             if sha256(data) != manifest.facts["beside"][name]:
                 raise BadInput(f"{folder / HF / name}: was changed: glm-jax verify {folder}")
         if exact:
             outputs = []
             for file in sorted(manifest.files):
-                held = [t for t in tensors.values() if t.file.name == file]
-                parts = tuple(Part(t.name, t.dtype, t.shape, t.offset, t.nbytes) for t in held)
+                here = [t for t in held.values() if t.file.name == file]
+                parts = tuple(Part(t.name, t.dtype, t.shape, t.offset, t.nbytes) for t in here)
                 outputs.append(Output(file, True, read_raw_header(folder / HF / file), parts))
         else:
             outputs = list(_shards(tensors, shard_bytes, target))

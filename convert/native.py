@@ -12,22 +12,31 @@ import dataclasses
 import gzip
 import io
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from glm_jax.convert import ocdbt
-from glm_jax.convert.planning import FORMAT, Array, Plan, digest, sha256
-from glm_jax.convert.safetensors import SHARD
-from glm_jax.errors import BadInput
+from glm_jax.convert.planning import FORMAT, Array, Plan, belongs, digest, sha256
+from glm_jax.convert.safetensors import DTYPES, SHARD, Tensor, blamed_on, is_name, read_small
+from glm_jax.errors import BadInput, show
 
 SEAL = "glm_seal.json"
 HF = "state/hf"
+MOST_SEAL = 1 << 20  # bytes: of some thousand small files
 _NODE = "d/index"
-_MOST_MANIFEST = 1 << 29  # bytes of a manifest's text: a hundred times GLM-4.6's
+_MOST_MANIFEST = 1 << 29  # bytes of a manifest's text: fifty times GLM-4.6's
+_MOST_PACKED = 30  # times as much text as there are bytes, beyond the first million; without digests it is 14 times
+_MANIFEST = re.compile(r"glm_manifest-[0-9a-f]{16}\.json\.gz")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_FACTS = {"format", "dtype", "mtp", "files", "beside", "mode"}
+_ALIASES = {("head", "embed"), ("mtp.embed", "embed"), ("mtp.head", "head")}
 _ZARR = {"BF16": "bfloat16", "F32": "float32", "F8_E4M3": "float8_e4m3fn"}
 _HANDLER = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
 
@@ -90,17 +99,21 @@ class Manifest:
     @classmethod
     def of_bytes(cls, data: bytes, where: Path) -> "Manifest":
         try:
+            most = min(_MOST_MANIFEST, (1 << 20) + _MOST_PACKED * len(data))
             with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-                text = file.read(_MOST_MANIFEST + 1)
-            if len(text) > _MOST_MANIFEST:
-                raise ValueError(f"more than {_MOST_MANIFEST:,} bytes")
+                text = file.read(most + 1)
+            if len(text) > most:
+                raise ValueError(f"{len(data):,} bytes unpack to more than {most:,}")
+            if text.count(b"[") + text.count(b"{") > 100 + len(text) // 20:  # lists are many times their text
+                raise ValueError("more lists and objects than names")
             raw = json.loads(text)
             raw.pop("root")
             raw["tensors"] = {n: Record(t[0], tuple(t[1]), *t[2:]) for n, t in raw["tensors"].items()}
             raw["arrays"] = tuple(Array(p, d, tuple(s), k, tuple(t)) for p, d, s, k, t in raw["arrays"])
-            if wrong := [n for n in raw["files"] if not SHARD.fullmatch(n)]:
-                raise ValueError(f"{wrong[0]!r} is not the bare name of a .safetensors file")
-            return cls(**{**raw, "dropped": tuple(raw["dropped"]), "left": tuple(raw["left"])})
+            made = cls(**{**raw, "dropped": tuple(raw["dropped"]), "left": tuple(raw["left"])})
+            if wrong := next(_wrong(made), None):
+                raise ValueError(wrong)
+            return made
         except (
             OSError,
             EOFError,
@@ -109,9 +122,71 @@ class Manifest:
             IndexError,
             TypeError,
             AttributeError,
+            ArithmeticError,
             RecursionError,
+            zlib.error,
         ) as error:
-            raise BadInput(f"{where}: not a manifest of this version ({error}): convert again") from None
+            why = str(error) if str(error).isprintable() and len(str(error)) < 600 else show(str(error))
+            raise BadInput(f"{where}: not a manifest of this version ({why}): convert again") from None
+
+
+def _wrong(m: Manifest) -> Iterator[str]:
+    """What cannot be in a manifest, which may be anybody's: no path leads out of the folder, no number out of a file.
+    May raise what operations on wrong types do."""
+    facts = m.facts
+    if m.mode not in ("index", "copy", "repack") or facts.keys() != _FACTS or facts["mode"] != m.mode:
+        yield f"mode {show(m.mode)} with facts {show(facts)}"
+    if facts["format"] != FORMAT or facts["dtype"] not in (None, "BF16", "F32") or facts["mtp"] not in ("keep", "drop"):
+        yield f"facts {show(facts)}"
+    if not all(type(text) is str and text.isprintable() for text in (m.why, *m.dropped, *m.left)):
+        yield "why, dropped or left are not text"
+    if not m.aliases.items() <= _ALIASES:
+        yield f"aliases {show(m.aliases)}"
+    for name, sha in facts["beside"].items():
+        if not belongs(name) or not is_digest(sha):
+            yield f"{show(name)} is no file that comes along"
+    for name, (size, sha) in facts["files"].items():
+        if not SHARD.fullmatch(name) or not is_count(size) or not is_digest(sha):
+            yield f"{show(name)} is no file of weights"
+    for name, file in m.files.items():
+        if not SHARD.fullmatch(name) or file.keys() != {"size", "header", "verbatim"}:
+            yield f"{show(name)} is not the bare name of a .safetensors file, with size, header and verbatim"
+        if not is_count(file["size"]) or not is_digest(file["header"]) or type(file["verbatim"]) is not bool:
+            yield f"file {show(name)}: {show(file)}"
+    for name, t in m.tensors.items():
+        whole = is_name(name) and all(map(is_count, (*t.shape, t.offset, t.nbytes)))
+        if not whole or t.nbytes != math.prod(t.shape) * DTYPES[t.dtype].itemsize:
+            yield f"tensor {show(name)}: {show(t.dtype)} {show(list(t.shape))} of {show(t.nbytes)} bytes"
+        elif t.offset < 8 or t.offset + t.nbytes > m.files[t.file]["size"]:
+            yield f"tensor {show(name)}: {t.nbytes:,} bytes from {t.offset:,} on are not in {show(t.file)}"
+        elif not (t.sha256 is None or is_digest(t.sha256)) or not (t.nonfinite is None or is_count(t.nonfinite)):
+            yield f"tensor {show(name)}: SHA-256 {show(t.sha256)}, {show(t.nonfinite)} not finite"
+    if not 0 < len({a.path for a in m.arrays}) == len(m.arrays):
+        yield "no array, or one that is given twice"
+    for a in m.arrays:
+        if not re.fullmatch(r"[a-z_]+(\.[a-z_]+)*", a.path) or a.dtype not in _ZARR or not all(map(is_count, a.shape)):
+            yield f"array {show(a.path)}: {show(a.dtype)} {show(list(a.shape))}"
+        elif not is_count(a.stacked) or math.prod(a.shape[: a.stacked]) != len(a.tensors):
+            yield f"array {show(a.path)}: {len(a.tensors):,} tensors are no stack of {show(list(a.shape))}"
+        numbers = math.prod(a.shape[a.stacked :])
+        for t in map(m.tensors.__getitem__, a.tensors):
+            if t.dtype != a.dtype or math.prod(t.shape) != numbers:
+                yield f"array {show(a.path)}: one of its tensors is {t.dtype} {show(list(t.shape))}"
+
+
+def is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def is_digest(value: Any) -> bool:
+    return type(value) is str and bool(_SHA256.fullmatch(value))
+
+
+def misplaced(manifest: Manifest, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The tensors of which the manifest does not say what the headers of the shards do."""
+    told = {n: (t.dtype, t.shape, t.file, t.offset, t.nbytes) for n, t in manifest.tensors.items()}
+    there = {n: (t.dtype, t.shape, t.file.name, t.offset, t.nbytes) for n, t in tensors.items()}
+    return sorted(n for n in {*told, *there} if told.get(n) != there.get(n))
 
 
 def manifest_of(plan: Plan, mode: str, why: str) -> Manifest:
@@ -197,22 +272,29 @@ def is_native(folder: "str | Path") -> bool:
 def read(folder: Path) -> tuple[Manifest, dict[str, str]]:
     """The manifest of a folder, and the digests of its small files, both checked against the seal."""
     path = folder / SEAL
+    for inner in (folder / "state", folder / HF):
+        if inner.is_symlink():
+            raise BadInput(f"{inner}: a symbolic link, of which a converted folder has none: convert again")
+    data = read_small(path, MOST_SEAL)
     try:
-        seal = json.loads(path.read_bytes())
+        seal = json.loads(data)
         name, files = seal["manifest"], seal["files"]
-        inside = all(not Path(n).is_absolute() and ".." not in Path(n).parts for n in (name, *files))
-        same = seal_bytes(name, files) == path.read_bytes() and seal["format"] == FORMAT and inside
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        same = seal_bytes(name, files) == data and seal["format"] == FORMAT
+        same = same and bool(_MANIFEST.fullmatch(name)) and all(map(_is_inside, files))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         same = False
     if not same:
         raise BadInput(f"{path}: is damaged, or of another version of glm_jax: convert again")
-    try:
-        data = (folder / name).read_bytes()
-    except OSError as error:
-        raise BadInput(f"{folder / name}: {error.strerror}; the seal names it") from None
+    data = read_small(folder / name)
     if sha256(data) != files.get(name):
         raise BadInput(f"{folder / name}: is not what the seal says: it was changed or is damaged")
     return Manifest.of_bytes(data, folder / name), files
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a path of the seal is that of a file below its folder, in its shortest form."""
+    path = PurePosixPath(name)
+    return name.isprintable() and str(path) == name and not path.is_absolute() and not {"..", "."} & {*path.parts, name}
 
 
 def hf_folder(folder: Path) -> Path:
@@ -229,17 +311,20 @@ def hf_folder(folder: Path) -> Path:
 
 
 def write_small(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes small files and brings them to the disk, each whole or not at all."""
+    """Writes small files and brings them to the disk, each whole or not at all. Raises NoSpace and DestinationError."""
     for name, data in files.items():
         path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    sync_folders({(folder / name).parent for name in files} | {folder})
+        with blamed_on(path, len(data)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.unlink(missing_ok=True)
+            with open(temporary, "xb") as file:  # not what a link of this name leads to
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    with blamed_on(folder, 0):
+        sync_folders({(folder / name).parent for name in files} | {folder})
 
 
 def sync_folders(folders: Iterable[Path]) -> None:

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from glm_jax.config import Config
+from glm_jax.config import MOST_BYTES, Config
 from glm_jax.convert.safetensors import (
     DTYPES,
     INDEX,
+    SMALL,
     Tensor,
     header_bytes,
     read_folder,
@@ -21,14 +22,13 @@ from glm_jax.convert.safetensors import (
     read_raw_header,
     read_small,
 )
-from glm_jax.convert.table import Row, copies, grouped, rows, without_missing_mtp
-from glm_jax.errors import BadInput, UsageError
+from glm_jax.convert.table import Row, copies, grouped, refuse_many, rows, without_missing_mtp
+from glm_jax.errors import BadInput, UsageError, show
 
 FORMAT = 1  # of the folder that is made
 FP8 = "F8_E4M3"
 SCALES = ("_scale", "_scale_inv")  # of X.weight: one for each output, or one for each block
 STORED = {"bf16": "BF16", "f32": "F32"}  # what --dtype may say
-SMALL = 64 << 20  # bytes that a file beside the weights has at most to be taken along
 TEXTS = (".json", ".txt", ".jinja", ".model", ".md")
 ROUTER_BIAS = "e_score_correction_bias"
 
@@ -106,8 +106,8 @@ def plan(source: "str | Path", dtype: str | None = None, mtp: str = "keep") -> P
         raise UsageError(f"--dtype {dtype}: weights are stored as bf16 or f32, or as they are without it")
     to = STORED[dtype] if dtype else None
     tensors = read_folder(source)
+    raw = read_json(source / "config.json", "the configuration", MOST_BYTES)  # first: it follows no link
     config = without_missing_mtp(Config.read(source), tensors, source)
-    raw = read_json(source / "config.json", "the configuration")
     blocks = _blocks(raw.get("quantization_config"), source)
     there = _places(config, tensors, source)
     scales = _scales(there, tensors, blocks, source)
@@ -125,7 +125,7 @@ def plan(source: "str | Path", dtype: str | None = None, mtp: str = "keep") -> P
     verbatim = all(output.verbatim for output in outputs) and not dropped
     beside, left = _beside(source, {t.file.name for t in tensors.values()})
     if not verbatim:
-        beside |= _rewritten(raw, outputs, to, mtp if dropped else "keep")
+        beside |= _rewritten(source, raw, outputs, to, mtp if dropped else "keep")
     files = {path.name: path for path in sorted({t.file for t in tensors.values()})}
     headers = {o.name: o.header for o in outputs if o.verbatim}
     facts = {
@@ -171,14 +171,16 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             names = sorted(n for n in {*a, *b} if a.get(n) != b.get(n))
-            found += (
-                [f"{key}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"]
-                if names
-                else []
-            )
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            found += [f"{_plain(key)}: {', '.join(map(_plain, names[:3]))}{more}"] if names else []
         elif a != b:
-            found.append(f"{key} was {a}, is {b}")
+            found.append(f"{_plain(key)} was {_plain(a)}, is {_plain(b)}")
     return found
+
+
+def _plain(value: Any) -> str:
+    """A value of a plan as it is said, which may be from anybody's file."""
+    return value if isinstance(value, str) and value.isprintable() and len(value) < 100 else show(value)
 
 
 # ---- what goes where
@@ -189,6 +191,7 @@ def _places(config: Config, tensors: Mapping[str, Tensor], source: Path) -> list
     optional = copies(config)
     if config.tie_word_embeddings:
         optional.append(Row.of("head", config))
+    refuse_many(config, tensors, source)
     found = rows(config) + [row for row in optional if row.tensor(*(0 for _ in row.stacked)) in tensors]
     names = {name: row for row in found for name, _ in row.tensors()}
     problems = []
@@ -214,7 +217,7 @@ def _blocks(quantised: Any, source: Path) -> tuple[int, int] | None:
     if size is None:
         return None
     if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
-        raise BadInput(f"{source / 'config.json'}: weight_block_size is {size!r}, not two sizes")
+        raise BadInput(f"{source / 'config.json'}: weight_block_size is {show(size)}, not two sizes")
     return size[0], size[1]
 
 
@@ -295,17 +298,22 @@ def _beside(source: Path, weights: set[str]) -> tuple[dict[str, bytes | None], l
     taken: dict[str, bytes | None] = {}
     left = []
     for entry in sorted(os.scandir(source), key=lambda e: e.name):
-        text = entry.name.endswith(TEXTS) or entry.name.upper().startswith(("LICENSE", "NOTICE"))
         if entry.name in weights:
             continue
-        if text and not entry.name.startswith(".") and entry.is_file() and entry.stat().st_size <= SMALL:
+        if belongs(entry.name) and entry.is_file() and entry.stat().st_size <= SMALL:
             taken[entry.name] = None
         else:
-            left.append(entry.name)
+            left.append(_plain(entry.name))
     return taken, left
 
 
-def _rewritten(raw: dict[str, Any], outputs, to: str | None, mtp: str) -> dict[str, bytes | None]:
+def belongs(name: str) -> bool:
+    """Whether a file of this name comes along with a checkpoint."""
+    text = name.endswith(TEXTS) or name.upper().startswith(("LICENSE", "NOTICE"))
+    return text and name.isprintable() and "/" not in name and not name.startswith(".")
+
+
+def _rewritten(source: Path, raw: dict[str, Any], outputs, to: str | None, mtp: str) -> dict[str, bytes | None]:
     """config.json and the index of files that are not the source's."""
     config, where = dict(raw), {part.name: output.name for output in outputs for part in output.parts}
     if to:
@@ -313,7 +321,10 @@ def _rewritten(raw: dict[str, Any], outputs, to: str | None, mtp: str) -> dict[s
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = {"BF16": "bfloat16", "F32": "float32"}[to]
     if mtp == "drop":
         config["num_nextn_predict_layers"] = 0
-    made: dict[str, bytes | None] = {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
+    try:
+        made: dict[str, bytes | None] = {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
+    except RecursionError:
+        raise BadInput(f"{source / 'config.json'}: lists and objects in it are too deep in each other") from None
     if len(outputs) > 1 or outputs[0].name != "model.safetensors":
         total = sum(part.nbytes for output in outputs for part in output.parts)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}

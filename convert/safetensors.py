@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import reprlib
 import secrets
 import shutil
 import stat
@@ -23,7 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from glm_jax.errors import BadInput, DestinationError, MissingInput, NoSpace, UsageError
+from glm_jax.errors import BadInput, DestinationError, MissingInput, NoSpace, UsageError, show
 
 # The format's names. Its 4- and 6-bit types are left out: their elements have no address of their own.
 DTYPES: dict[str, np.dtype] = {
@@ -52,16 +51,13 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SMALL = 64 << 20  # bytes that a file beside the weights has at most to be taken along
 _MAX_HEADER = 100_000_000
 _MAX_TENSORS = 1_000_000
 _MAX_AXES = 32
 SHARD = re.compile(r"[A-Za-z0-9._-]{1,200}\.safetensors")
 _NUMBERED = re.compile(r"(model)-(\d+)-of-(\d+)\.safetensors")
 _FOREIGN = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz")
-
-_brief = reprlib.Repr()  # what a hostile file says is shown on one line, cut to size
-_brief.maxstring = _brief.maxother = 120
-_show = _brief.repr
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +84,7 @@ class Tensor:
             start = 0 if rows.start is None else rows.start
             stop = shape[0] if rows.stop is None else rows.stop
             if rows.step not in (None, 1) or not 0 <= start <= stop <= shape[0]:
-                raise UsageError(f"{self.file}: tensor {_show(self.name)} has {shape[0]} rows, not {rows}")
+                raise UsageError(f"{self.file}: tensor {show(self.name)} has {shape[0]} rows, not {rows}")
             row = nbytes // shape[0] if shape[0] else 0
             shape, offset, nbytes = (stop - start, *shape[1:]), offset + start * row, (stop - start) * row
         out = np.empty(shape, DTYPES[self.dtype]) if out is None else out
@@ -100,7 +96,7 @@ class Tensor:
                     f"{stamp[0]:,} now): load it again when nothing writes to it"
                 )
             if nbytes:
-                what = f"tensor {_show(self.name)}"
+                what = f"tensor {show(self.name)}"
                 read_exactly(fd, out.reshape(-1).view(np.uint8).data, offset, self.file, what)
         return out
 
@@ -129,13 +125,13 @@ def read_header(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
         raw = bytearray(length)
         read_exactly(fd, memoryview(raw), 8, path, "the header")
     if not raw.startswith(b"{"):
-        raise BadInput(f"{path}: the header does not begin with '{{' but with {_show(bytes(raw[:16]))}")
+        raise BadInput(f"{path}: the header does not begin with '{{' but with {show(bytes(raw[:16]))}")
     if max(raw.count(b"{"), raw.count(b"[") // 2) > _MAX_TENSORS + 2:  # before any object is made of them
         raise BadInput(f"{path}: the header describes more than {_MAX_TENSORS:,} tensors")
     header = _json(path, raw, "the header")
     metadata = header.pop("__metadata__", {})
     if type(metadata) is not dict or not all(map(_is_text, chain(metadata, metadata.values()))):
-        raise BadInput(f"{path}: __metadata__ is not an object of strings: {_show(metadata)}")
+        raise BadInput(f"{path}: __metadata__ is not an object of strings: {show(metadata)}")
 
     data = 8 + length
     tensors = [_tensor(path, name, entry, data, stamp) for name, entry in header.items()]
@@ -144,7 +140,7 @@ def read_header(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     for tensor in tensors:
         if tensor.offset != end:
             raise BadInput(
-                f"{path}: tensor {_show(tensor.name)} begins at byte {tensor.offset - data:,} of the data, but the one "
+                f"{path}: tensor {show(tensor.name)} begins at byte {tensor.offset - data:,} of the data, but the one "
                 f"before it ends at {end - data:,}: {'they overlap' if tensor.offset < end else 'a hole'}"
             )
         end += tensor.nbytes
@@ -155,28 +151,33 @@ def read_header(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_raw_header(path: Path) -> bytes:
-    """The header of a file as it stands there, its length in front; for one that `read_header` has checked."""
-    with opened(path) as (fd, _):
+    """The header of a file as it stands there, its length in front, unparsed."""
+    with opened(path) as (fd, (size, _)):
         head = bytearray(8)
         read_exactly(fd, memoryview(head), 0, path, "the header's length")
-        raw = bytearray(8 + int.from_bytes(head, "little"))
+        length = int.from_bytes(head, "little")
+        if length > min(_MAX_HEADER, size - 8):
+            raise BadInput(f"{path}: the header says it has {length:,} bytes, the file has {size:,}: it was changed")
+        raw = bytearray(8 + length)
         read_exactly(fd, memoryview(raw), 0, path, "the header")
     return bytes(raw)
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
+def read_json(path: Path, what: str, most: int = _MAX_HEADER) -> dict[str, Any]:
     """A file that is a JSON object, no key twice; BadInput says `what` it should have been."""
     with opened(path) as (fd, (size, _)):
-        if size > _MAX_HEADER:
-            raise BadInput(f"{path}: {size:,} bytes, {what} has at most {_MAX_HEADER:,}")
+        if size > most:
+            raise BadInput(f"{path}: {size:,} bytes, {what} has at most {most:,}")
         raw = bytearray(size)
         read_exactly(fd, memoryview(raw), 0, path, what)
     return _json(path, raw, what)
 
 
-def read_small(path: Path) -> bytes:
+def read_small(path: Path, most: int = SMALL) -> bytes:
     """All of a small file; as with weights, no link is followed but the Hugging Face cache's own."""
     with opened(path) as (fd, (size, _)):
+        if size > most:
+            raise BadInput(f"{path}: {size:,} bytes, at most {most:,} are read of such a file")
         raw = bytearray(size)
         read_exactly(fd, memoryview(raw), 0, path, "the file")
     return bytes(raw)
@@ -218,14 +219,14 @@ def read_folder(folder: Path | str, wanted: Callable[[str], bool] = lambda name:
     files_wanted = sorted({file for name, file in where.items() if wanted(name)})
     missing = [name for name in files_wanted if not os.path.exists(folder / name)]  # False also for a link to nothing
     if missing:
-        held = {name: [t for t, file in where.items() if file == name] for name in missing}
-        each = "; ".join(f"{name} ({_some(names)})" for name, names in [*held.items()][:4])
-        each += f"; and {len(held) - 4} more" if len(held) > 4 else ""
+        held = {name: [t for t, file in where.items() if file == name] for name in missing[:4]}
+        each = "; ".join(f"{name} ({_some(names)})" for name, names in held.items())
+        each += f"; and {len(missing) - 4} more" if len(missing) > 4 else ""
         raise MissingInput(
             f"{folder}: {len(missing)} of {len(files_wanted)} files named by {INDEX} are missing: {each}"
         )
     if extra := [name for name in files if name not in named]:
-        raise BadInput(f"{folder}: {INDEX} does not name {', '.join(extra)}: move what does not belong here away")
+        raise BadInput(f"{folder}: {INDEX} does not name {_some(extra)}: move what does not belong here away")
     tensors = {}
     for name in files_wanted:
         header, _ = read_header(folder / name)
@@ -235,7 +236,8 @@ def read_folder(folder: Path | str, wanted: Callable[[str], bool] = lambda name:
             other = where[elsewhere[0]]
             raise BadInput(f"{folder / name}: {_some(elsewhere)} in the file, but {INDEX} says {other}")
         tensors.update(header)
-    if absent := [t for t, file in where.items() if file in files_wanted and t not in tensors]:
+    opened_files = set(files_wanted)
+    if absent := [t for t, file in where.items() if file in opened_files and t not in tensors]:
         file = where[absent[0]]
         raise BadInput(f"{folder / file}: {_some([t for t in absent if where[t] == file])} not in it as {INDEX} says")
     return tensors
@@ -251,7 +253,7 @@ def write(path: Path | str, tensors: Mapping[str, np.ndarray], metadata: Mapping
     entries = []
     for name, array in tensors.items():
         if array.dtype not in _NAMES:
-            raise UsageError(f"{path}: tensor {_show(name)} is {array.dtype}, which safetensors cannot hold")
+            raise UsageError(f"{path}: tensor {show(name)} is {array.dtype}, which safetensors cannot hold")
         entries.append(_Entry(name, _NAMES[array.dtype], array.shape, lambda array=array: array))
     _write_tensors(Path(path), entries, metadata)
 
@@ -273,7 +275,7 @@ def write_folder(
     used = 0
     for name, (dtype, shape, get) in tensors.items():
         if dtype not in DTYPES:
-            raise UsageError(f"{folder}: tensor {_show(name)} has dtype {_show(dtype)}; known are {', '.join(DTYPES)}")
+            raise UsageError(f"{folder}: tensor {show(name)} has dtype {show(dtype)}; known are {', '.join(DTYPES)}")
         entry = _Entry(name, dtype, tuple(shape), get)
         if shards[-1] and used + entry.nbytes > shard_bytes:
             shards.append([])
@@ -353,7 +355,7 @@ def _cached_blob(path: Path) -> Path:
         if re.fullmatch(r"\.\./\.\./blobs/[0-9a-f]{2}/[0-9a-f]{64}", link):
             return folder.parents[2] / Path(*Path(link).parts[2:])  # itself no link: it is opened with O_NOFOLLOW
     raise BadInput(
-        f"{path}: a symbolic link to {_show(link)}; links are followed only inside the Hugging Face cache: "
+        f"{path}: a symbolic link to {show(link)}; links are followed only inside the Hugging Face cache: "
         "put the file here, or a hard link to it"
     )
 
@@ -376,7 +378,7 @@ def _json(path: Path, raw: bytes | bytearray, what: str) -> dict[str, Any]:
         if len(made) != len(pairs):
             keys: set[str] = set()
             twice = next(key for key, _ in pairs if key in keys or keys.add(key))
-            raise ValueError(f"the key {_show(twice)} is given twice")
+            raise ValueError(f"the key {show(twice)} is given twice")
         return made
 
     try:  # decoded here: json.loads would also take UTF-16 and UTF-32
@@ -384,7 +386,7 @@ def _json(path: Path, raw: bytes | bytearray, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError, MemoryError) as error:
         raise BadInput(f"{path}: {what} is not valid: {str(error) or type(error).__name__}") from None
     if type(value) is not dict:
-        raise BadInput(f"{path}: {what} is not a JSON object but {_show(value)}")
+        raise BadInput(f"{path}: {what} is not a JSON object but {show(value)}")
     return value
 
 
@@ -393,7 +395,8 @@ def _is_text(value: object) -> bool:
     return type(value) is str and not re.search("[\ud800-\udfff]", value)
 
 
-def _good_name(name: str) -> bool:
+def is_name(name: str) -> bool:
+    """Whether a tensor may be called so."""
     return name.isprintable() and 0 < len(name.encode()) <= 512
 
 
@@ -401,29 +404,29 @@ def _tensor(path: Path, name: str, entry: Any, data: int, stamp: tuple[int, int]
     """One entry of a header, checked by itself; `data` is where the tensors' bytes begin in the file."""
 
     def bad(why: str) -> BadInput:
-        return BadInput(f"{path}: tensor {_show(name)}: {why}")
+        return BadInput(f"{path}: tensor {show(name)}: {why}")
 
-    if not _good_name(name):
+    if not is_name(name):
         raise bad("a name is 1 to 512 bytes of printable text")
     if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise bad(f"want an object of dtype, shape and data_offsets, have {_show(entry)}")
+        raise bad(f"want an object of dtype, shape and data_offsets, have {show(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if type(dtype) is not str or dtype not in DTYPES:
-        raise bad(f"dtype {_show(dtype)} is none of {', '.join(DTYPES)}")
+        raise bad(f"dtype {show(dtype)} is none of {', '.join(DTYPES)}")
     if type(shape) is not list or len(shape) > _MAX_AXES or not all(type(n) is int and n >= 0 for n in shape):
-        raise bad(f"shape {_show(shape)} is not a list of at most {_MAX_AXES} integers >= 0")
+        raise bad(f"shape {show(shape)} is not a list of at most {_MAX_AXES} integers >= 0")
     if type(offsets) is not list or len(offsets) != 2 or not all(type(n) is int for n in offsets):
-        raise bad(f"data_offsets {_show(offsets)} is not a pair of integers")
+        raise bad(f"data_offsets {show(offsets)} is not a pair of integers")
     begin, end = offsets
     if not 0 <= begin <= end:
-        raise bad(f"data_offsets {_show(offsets)} are negative or in the wrong order")
+        raise bad(f"data_offsets {show(offsets)} are negative or in the wrong order")
     count = math.prod(shape)
     width = DTYPES[dtype].itemsize
     if count * width >= 2**63 or not count and math.prod(n for n in shape if n) * width >= 2**63:
-        raise bad(f"shape {_show(shape)} of {dtype} is more than 2^63 bytes")
+        raise bad(f"shape {show(shape)} of {dtype} is more than 2^63 bytes")
     if end - begin != count * width:
         raise bad(
-            f"shape {_show(shape)} of {dtype} is {count * width:,} bytes, data_offsets {_show(offsets)} are "
+            f"shape {show(shape)} of {dtype} is {count * width:,} bytes, data_offsets {show(offsets)} are "
             f"{end - begin:,}"
         )
     return Tensor(name, sys.intern(dtype), tuple(shape), path, data + begin, end - begin, stamp)
@@ -432,19 +435,19 @@ def _tensor(path: Path, name: str, entry: Any, data: int, stamp: tuple[int, int]
 def _read_index(path: Path) -> dict[str, str]:
     where = read_json(path, "the index").get("weight_map")
     if type(where) is not dict or not where:
-        raise BadInput(f"{path}: weight_map is not an object that gives each tensor's file: {_show(where)}")
+        raise BadInput(f"{path}: weight_map is not an object that gives each tensor's file: {show(where)}")
     for name, file in where.items():
-        if not _good_name(name):
-            raise BadInput(f"{path}: tensor {_show(name)}: a name is 1 to 512 bytes of printable text")
+        if not is_name(name):
+            raise BadInput(f"{path}: tensor {show(name)}: a name is 1 to 512 bytes of printable text")
         if type(file) is not str or not SHARD.fullmatch(file):
-            raise BadInput(f"{path}: tensor {_show(name)}: {_show(file)} is not the bare name of a .safetensors file")
+            raise BadInput(f"{path}: tensor {show(name)}: {show(file)} is not the bare name of a .safetensors file")
     return where
 
 
 def _no_index(folder: Path, files: list[str], found: list[str]) -> MissingInput | BadInput:
     """Why a folder without an index is no checkpoint: anything but the one file model.safetensors."""
     if SINGLE in files:
-        rest = ", ".join(name for name in files if name != SINGLE)
+        rest = _some([name for name in files if name != SINGLE])
         return BadInput(
             f"{folder}: {rest} beside {SINGLE}, but no {INDEX} that names them: fetch it from the same place, or move "
             f"{rest} away to load {SINGLE} alone"
@@ -472,7 +475,7 @@ def _no_index(folder: Path, files: list[str], found: list[str]) -> MissingInput 
 
 def _some(names: list[str], most: int = 3) -> str:
     """The first few of many names, and how many more there are."""
-    shown = ", ".join(name if SHARD.fullmatch(name) or name == INDEX else _show(name) for name in names[:most])
+    shown = ", ".join(name if SHARD.fullmatch(name) or name == INDEX else show(name) for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
@@ -496,11 +499,11 @@ def header_bytes(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: 
     Raises UsageError, with the file's `path`, for what the format cannot hold."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     if not all(map(_is_text, chain.from_iterable(header["__metadata__"].items()))):
-        raise UsageError(f"{path}: metadata must be strings: {_show(header['__metadata__'])}")
+        raise UsageError(f"{path}: metadata must be strings: {show(header['__metadata__'])}")
     end = 0
     for name, dtype, shape in tensors:
-        if not _good_name(name) or name in header:
-            raise UsageError(f"{path}: {_show(name)} cannot be a tensor's name: 1 to 512 bytes, printable, once")
+        if not is_name(name) or name in header:
+            raise UsageError(f"{path}: {show(name)} cannot be a tensor's name: 1 to 512 bytes, printable, once")
         offsets = [end, end := end + math.prod(shape) * DTYPES[dtype].itemsize]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
     if not header["__metadata__"]:
@@ -525,7 +528,7 @@ def _bytes_of(entry: _Entry) -> memoryview:
     array = entry.get()
     if array.dtype != DTYPES[entry.dtype] or array.shape != entry.shape:
         raise UsageError(
-            f"tensor {_show(entry.name)}: {entry.dtype} {list(entry.shape)} was announced, get() gave "
+            f"tensor {show(entry.name)}: {entry.dtype} {list(entry.shape)} was announced, get() gave "
             f"{_NAMES.get(array.dtype, array.dtype)} {list(array.shape)}"
         )
     return np.asarray(array, order="C").reshape(-1).view(np.uint8).data

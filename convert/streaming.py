@@ -240,4 +240,4 @@ def _spread(scale: np.ndarray, blocks, shape: tuple[int, ...], first: int, last:
     scale = scale.astype(np.float32)
     if blocks is None:
         return scale.reshape(-1, 1)[first:last]
-    return scale[np.arange(first, last) // blocks[0]].repeat(blocks[1], 1)[:, : shape[1]]
+    return scale[np.arange(first, last) // blocks[0]].repeat(min(blocks[1], shape[1]), 1)[:, : shape[1]]

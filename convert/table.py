@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -170,9 +170,20 @@ def without_missing_mtp(config: Config, tensors: Iterable[str], where: str | Pat
     return config
 
 
+def refuse_many(config: Config, tensors: Collection[str], where: str | Path) -> None:
+    """Raises BadInput if a config implies many times the tensors that are there, before any is named: a few characters
+    of config.json can ask for more names than memory holds."""
+    implied = sum(math.prod(row.stacked) for row in rows(config))
+    if implied > 2 * len(tensors) + 10_000:
+        raise BadInput(
+            f"{where}: config.json implies {implied:,} tensors, and {len(tensors):,} are there: it is of another model"
+        )
+
+
 def check(config: Config, tensors: Mapping[str, Tensor | None], where: str | Path) -> None:
     """Raises BadInput unless the folder has exactly the tensors the config implies, in shapes and dtypes that are
     theirs; None is a tensor of which the name alone is known. All that is wrong is said at once."""
+    refuse_many(config, tensors, where)
     wanted, known = tensor_shapes(config), {row.name: row.tensor_shape for row in copies(config)}
     if config.tie_word_embeddings:
         known["lm_head.weight"] = (config.vocab_size, config.hidden_size)  # another copy of the embedding

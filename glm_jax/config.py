@@ -2,17 +2,20 @@
 
 import dataclasses
 import json
-import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from glm_jax.errors import BadInput, MissingInput, UsageError
+from glm_jax.errors import BadInput, MissingInput, UsageError, show
 
 BFLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+MOST_BYTES = 1 << 20  # of a config.json; a published one has some thousand
+_BELOW = 2**31  # every size, so that nothing a file says makes a table or a sum that cannot be held
+_MOST_EXPERTS = 100_000  # in all layers together; GLM-4.6 has 14,720
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +67,12 @@ class Config:
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
             raise MissingInput(f"{path}: no such file; a model folder needs a config.json")
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise BadInput(f"{path}: {size:,} bytes, a config.json has at most {MOST_BYTES:,}")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
             raise BadInput(f"{path}: not JSON ({error})") from None
         if not isinstance(raw, dict):
@@ -103,27 +110,38 @@ class Config:
 
     @property
     def rotary_dim(self) -> int:
-        return int(self.head_dim * self.partial_rotary_factor)
+        return int(min(self.head_dim * self.partial_rotary_factor, _BELOW))
 
 
 def _conflicts(c: Config):
     for field in dataclasses.fields(c):
         value, least = getattr(c, field.name), 0 if field.name in _MAY_BE_ZERO else 1
         if field.type is int:
-            yield not _is_integer(value, least), f"{field.name} is {value!r}, not an integer >= {least}"
+            yield (
+                not _is_integer(value, least),
+                f"{field.name} is {show(value)}, not an integer >= {least} and below 2^31",
+            )
         elif field.type is float:
-            number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-            yield not number, f"{field.name} is {value!r}, not a number > 0"
+            number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= _LARGEST
+            yield not number, f"{field.name} is {show(value)}, not a number > 0"
         elif field.type is bool:
-            yield not isinstance(value, bool), f"{field.name} is {value!r}, not true or false"
+            yield not isinstance(value, bool), f"{field.name} is {show(value)}, not true or false"
     more = _is_integer(c.num_nextn_predict_layers, 2)
-    yield more, f"num_nextn_predict_layers is {c.num_nextn_predict_layers!r}, this model has at most one"
+    yield more, f"num_nextn_predict_layers is {show(c.num_nextn_predict_layers)}, this model has at most one"
     stops = isinstance(c.eos_token_id, tuple) and all(_is_integer(i, 0) for i in c.eos_token_id)
-    yield not stops, f"eos_token_id is {c.eos_token_id!r}, not an id or a list of ids"
+    yield not stops, f"eos_token_id is {show(c.eos_token_id)}, not an id or a list of ids"
     pad = c.pad_token_id is None or _is_integer(c.pad_token_id, 0)
-    yield not pad, f"pad_token_id is {c.pad_token_id!r}, not an id"
+    yield not pad, f"pad_token_id is {show(c.pad_token_id)}, not an id"
+    if not all(_is_integer(getattr(c, name), 1) for name in _RELATED):
+        return  # named above; a text times a number, or a text that formats one, could be as long as it likes
     try:
         heads, groups = c.num_attention_heads % c.num_key_value_heads, c.n_routed_experts % c.n_group
+        experts = c.num_hidden_layers * c.n_routed_experts
+        yield (
+            experts > _MOST_EXPERTS,
+            f"num_hidden_layers {c.num_hidden_layers} of n_routed_experts {c.n_routed_experts} are {experts:,} "
+            f"experts, more than {_MOST_EXPERTS:,}",
+        )
         yield heads, f"num_attention_heads {c.num_attention_heads} is no multiple of {c.num_key_value_heads} KV heads"
         yield groups, f"n_routed_experts {c.n_routed_experts} is no multiple of n_group {c.n_group}"
         yield c.topk_group > c.n_group, f"topk_group {c.topk_group} is more than n_group {c.n_group}"
@@ -142,9 +160,20 @@ def _conflicts(c: Config):
 
 
 def _is_integer(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < _BELOW
 
 
+_LARGEST = sys.float_info.max
+_RELATED = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "n_group",
+    "topk_group",
+)
 _MAY_BE_ZERO = ("first_k_dense_replace", "num_nextn_predict_layers")
 _DTYPES = ("bfloat16", "float32")
 # What the file may say about behaviour, and the only values that this model has. A file that says something else is
@@ -161,10 +190,19 @@ _BEHAVIOUR = {
 }
 
 
+def _names(names: Iterable[str]) -> str:
+    """Names from a file, of which any may be anything."""
+    names = sorted(names)
+    shown = ", ".join(name if name.isidentifier() and len(name) < 100 else show(name) for name in names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
+
+
 def _parse(raw: Mapping[str, Any], where: str) -> Config:
     for name, allowed in _BEHAVIOUR.items():
         if name in raw and raw[name] not in allowed:
-            raise BadInput(f"{where}: {name} is {raw[name]!r}, this model only has {' or '.join(map(repr, allowed))}")
+            raise BadInput(
+                f"{where}: {name} is {show(raw[name])}, this model only has {' or '.join(map(repr, allowed))}"
+            )
     if "model_type" not in raw:
         raise BadInput(f"{where}: no model_type; a GLM-4.5, 4.6 or 4.7 says glm4_moe")
     values = dict(raw)
@@ -172,18 +210,19 @@ def _parse(raw: Mapping[str, Any], where: str) -> Config:
     if rope is not None:  # transformers 5 moved the two rope numbers in here
         types = [rope[name] for name in ("rope_type", "type") if name in rope] if isinstance(rope, Mapping) else [None]
         if any(kind != "default" for kind in types):
-            raise BadInput(f"{where}: rope_parameters is {rope!r}, this model only has rope_type 'default'")
+            raise BadInput(f"{where}: rope_parameters is {show(rope)}, this model only has rope_type 'default'")
         unknown = set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
         if unknown:
-            raise BadInput(f"{where}: rope_parameters has {', '.join(sorted(unknown))}, which this model does not know")
+            raise BadInput(f"{where}: rope_parameters has {_names(unknown)}, which this model does not know")
         for name in ("rope_theta", "partial_rotary_factor"):
             if name in rope:
                 if name in raw and raw[name] != rope[name]:
-                    raise BadInput(f"{where}: {name} is {raw[name]!r}, but {rope[name]!r} in rope_parameters")
+                    raise BadInput(f"{where}: {name} is {show(raw[name])}, but {show(rope[name])} in rope_parameters")
                 values[name] = rope[name]
-    dtypes = {str(raw[name]) for name in ("dtype", "torch_dtype") if raw.get(name) is not None}
+    told = [raw[name] for name in ("dtype", "torch_dtype") if raw.get(name) is not None]
+    dtypes = {name if isinstance(name, str) else show(name) for name in told}
     if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
-        found = " and ".join(map(repr, sorted(dtypes))) or "missing"
+        found = " and ".join(map(show, sorted(dtypes))) or "missing"
         raise BadInput(f"{where}: dtype (torch_dtype in older files) is {found}, not one of {', '.join(_DTYPES)}")
     values["dtype"] = {"bfloat16": BFLOAT16, "float32": FLOAT32}[dtypes.pop()]
     eos = raw.get("eos_token_id")
@@ -196,7 +235,7 @@ def _parse(raw: Mapping[str, Any], where: str) -> Config:
         raise BadInput(f"{where}: no {', '.join(missing)}; these have no default that would be right for every GLM")
     for field in dataclasses.fields(Config):  # a float may be written as an integer in JSON
         value = values[field.name]
-        if field.type is float and isinstance(value, int) and not isinstance(value, bool):
+        if field.type is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST:
             values[field.name] = float(value)
     try:
         return Config(**{name: values[name] for name in names})

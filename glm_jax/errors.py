@@ -1,6 +1,12 @@
 """The errors a user can cause. Each carries the exit code its command ends with, and its text is the whole message:
 what is wrong, the numbers, and the flag or the change that mends it."""
 
+import reprlib
+
+_brief = reprlib.Repr()  # what a hostile file says is shown on one line, cut to size
+_brief.maxstring = _brief.maxother = 120
+show = _brief.repr
+
 
 class GLMError(Exception):
     """Something failed that the user can mend. The command line prints it on one line, without a trace."""
