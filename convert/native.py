@@ -11,6 +11,7 @@ Nothing here imports jax or orbax: what looks at checkpoints starts at once."""
 import dataclasses
 import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -90,9 +91,11 @@ class Manifest:
             for i, a in enumerate(self.arrays):
                 file.write(b"," * bool(i) + dump([a.path, a.dtype, a.shape, a.stacked, a.tensors]))
             file.write(b'],"tensors":{')
-            for i, (name, t) in enumerate(self.tensors.items()):
-                values = [t.dtype, t.shape, t.file, t.offset, t.nbytes, t.sha256, t.nonfinite]
-                file.write(b"," * bool(i) + dump(name) + b":" + dump(values))
+            every, comma = iter(self.tensors.items()), b""
+            while some := list(itertools.islice(every, 1000)):
+                values = {n: (t.dtype, t.shape, t.file, t.offset, t.nbytes, t.sha256, t.nonfinite) for n, t in some}
+                file.write(comma + dump(values)[1:-1])
+                comma = b","
             file.write(b"}}")
         return out.getvalue()
 

@@ -8,9 +8,8 @@ import math
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import product
 from pathlib import Path
-
-import numpy as np
 
 from glm_jax.config import Config
 from glm_jax.convert.safetensors import Tensor
@@ -114,8 +113,13 @@ class Row:
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Every tensor's name, with its index in the stacked axes."""
-        for at in np.ndindex(*self.stacked):
-            yield self.tensor(*at), at
+        choices: list[Iterable] = []
+        for key, size in zip(re.findall(r"\{(\w)\}", self.name), self.stacked, strict=True):
+            first = self.first_layer if key == "l" else 0
+            choices.append(_GATE_UP if key == "c" else range(first, first + size))
+        name = re.sub(r"\{\w\}", "{}", self.name)
+        for values, at in zip(product(*choices), product(*map(range, self.stacked)), strict=True):
+            yield name.format(*values), at
 
     def cut(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
         """What `index` of our axes after the stacked ones cuts out of each tensor."""

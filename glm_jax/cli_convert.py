@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gc as garbage
 import json
 import sys
 from typing import Any
@@ -114,6 +115,7 @@ def _work_flags(p: argparse.ArgumentParser):
 @contextlib.contextmanager
 def _events(args: argparse.Namespace, what: str):
     """What is told of the work, as a bar or a line of JSON for each event; and a dict of what was told last."""
+    garbage.set_threshold(100_000)  # tens of thousands of tensors are no garbage, and looking through them takes its time
     said: dict[str, Any] = {}
     bar = args.progress == "auto" and not args.quiet
     with console.progress(what, not bar) as progress:
