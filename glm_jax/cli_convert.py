@@ -115,7 +115,7 @@ def _work_flags(p: argparse.ArgumentParser):
 @contextlib.contextmanager
 def _events(args: argparse.Namespace, what: str):
     """What is told of the work, as a bar or a line of JSON for each event; and a dict of what was told last."""
-    garbage.set_threshold(100_000)  # tens of thousands of tensors are no garbage, and looking through them takes its time
+    garbage.set_threshold(100_000)  # a plan is many objects, of which none is garbage
     said: dict[str, Any] = {}
     bar = args.progress == "auto" and not args.quiet
     with console.progress(what, not bar) as progress:
