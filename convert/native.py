@@ -82,6 +82,21 @@ class Manifest:
             level = [bytes.fromhex(sha256(b"\1" + a + b)) for a, b in pairs] + odd
         return level[0].hex() if level else sha256(b"")
 
+    def summary(self) -> dict[str, Any]:
+        """What a person wants to know of a converted folder."""
+        digested = sum(t.sha256 is not None for t in self.tensors.values())
+        return {
+            "mode": self.mode,
+            "why": self.why,
+            "dtype": self.facts["dtype"] or "as stored",
+            "mtp": self.facts["mtp"],
+            "tensors": len(self.tensors),
+            "digested": digested,
+            "not_finite": sum(t.nonfinite or 0 for t in self.tensors.values()),
+            "root": self.root,
+            "aliases": self.aliases,
+        }
+
     def to_bytes(self) -> bytes:
         rest = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("tensors", "arrays")}
         out = io.BytesIO()

@@ -158,13 +158,15 @@ def chat(args: argparse.Namespace) -> int:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """A table of the weights of a folder as they would lie on the mesh; reads no weights, and downloads no shards."""
+    """A table of the weights of a folder as they would lie on the mesh, and what is recorded of a converted one; reads
+    no weights, and downloads no shards."""
     import jax
 
     from glm_jax.config import PRESETS, preset
+    from glm_jax.convert import native, plan
     from glm_jax.convert.hub import fetch, fetch_weights
-    from glm_jax.inspect import describe
-    from glm_jax.loading import DEMO, read_config, read_tensors
+    from glm_jax.inspect import describe, stored
+    from glm_jax.loading import DEMO, quantization, read_config, read_tensors
     from glm_jax.model import GLM
     from glm_jax.planner import default_mesh, first_layers
     from glm_jax.sharding import abstract, mesh, rules
@@ -172,6 +174,8 @@ def inspect(args: argparse.Namespace) -> int:
     if args.path and args.model:
         raise UsageError(f"inspect {args.path} and --model {args.model}: one of them")
     name = args.path or args.model or str(DEMO)
+    options = {key: getattr(args, key) for key in ("revision", "token", "offline")}
+    record = native.read(Path(name).expanduser())[0].summary() if native.is_native(name) else None
     if name.lower() in PRESETS and not Path(name).exists():
         config = preset(name)
         if args.dtype:
@@ -179,17 +183,22 @@ def inspect(args: argparse.Namespace) -> int:
         if args.layers is not None:
             config = first_layers(config, args.layers)
     else:
-        options = {key: getattr(args, key) for key in ("revision", "token", "offline")}
         folder = fetch(name, **options)
+        if Path(name).expanduser().exists() and quantization(folder) is not None:
+            return _inspected(args, stored(plan(folder).arrays), record)
         config, indexed, wanted = read_config(folder, args.dtype, args.layers)
         if Path(name).expanduser().exists() or indexed is None:  # of a Hub's shards the index says enough
             fetch_weights(name, folder, indexed, **options)
             config, _ = read_tensors(folder, config, wanted)
     made = abstract(args.mesh) if args.mesh else mesh(default_mesh(config, rules(args.rules), jax.devices()))
-    found = describe(GLM(config, made, args.rules, seed=None))
+    return _inspected(args, describe(GLM(config, made, args.rules, seed=None)), record)
+
+
+def _inspected(args: argparse.Namespace, found, record: dict[str, Any] | None) -> int:
     totals = {key: sum(getattr(w, key) for w in found) for key in ("parameters", "bytes", "device_bytes")}
     if args.json:
-        print(json.dumps({"weights": [dataclasses.asdict(w) for w in found], "total": totals}))
+        converted = {"converted": record} if record else {}
+        print(json.dumps({"weights": [dataclasses.asdict(w) for w in found], "total": totals} | converted))
         return 0
     from rich import box
     from rich.console import Console
@@ -207,6 +216,8 @@ def inspect(args: argparse.Namespace) -> int:
         f"{len(found)} weights", "", "", f"{totals['parameters']:,}", mib(totals["bytes"]), mib(totals["device_bytes"])
     )
     Console(width=None if sys.stdout.isatty() else 140).print(table)
+    for key, value in (record or {}).items():
+        print(f"{key}: {value}")
     return 0
 
 

@@ -2,9 +2,12 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import jax
 
+from glm_jax.convert.planning import Array
+from glm_jax.convert.safetensors import DTYPES
 from glm_jax.model import GLM, weight_path
 
 
@@ -20,6 +23,16 @@ class Weight:
     parameters: int
     bytes: int
     device_bytes: int
+
+
+def stored(arrays: Iterable[Array]) -> list[Weight]:
+    """The arrays of a checkpoint as they are stored, its scales too, on one device."""
+    found = []
+    for a in arrays:
+        size, width = math.prod(a.shape), DTYPES[a.dtype].itemsize
+        text = f"[{', '.join(map(str, a.shape))}]"
+        found.append(Weight(a.path, a.shape, DTYPES[a.dtype].name, text, size, size * width, size * width))
+    return found
 
 
 def describe(model: GLM) -> list[Weight]:

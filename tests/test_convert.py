@@ -166,6 +166,18 @@ def test_another_dtype_is_repacked_and_the_router_bias_is_not(tmp_path, to):
     )
 
 
+def test_fp8_is_inspected_as_it_is_stored(tmp_path, capsys):
+    folder = source(
+        tmp_path / "hf", x := quantised(random_tensors(CONFIG)), quantization_config={"quant_method": "fp8"}
+    )
+    assert main(["inspect", str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    weights = {w["name"]: (w["dtype"], w["shape"]) for w in found["weights"]}
+    assert weights["moe.mlp.gate_up"] == ("float8_e4m3fn", [2, 8, 2, 32, 32])
+    assert weights["moe.mlp.gate_up_scale"] == ("float32", [2, 8, 2, 32, 1])
+    assert found["total"]["bytes"] == sum(a.nbytes for a in x.values())
+
+
 @pytest.mark.parametrize("shape", [lambda out: (out, 1), lambda out: (out,)], ids=["out,1", "out"])
 def test_fp8_is_carried_as_it_is_or_multiplied_out(tmp_path, shape):
     x = quantised(random_tensors(CONFIG), shape)
@@ -630,7 +642,10 @@ def test_the_commands(tmp_path, capfd):
     assert tell("verify", tmp_path / "to")[0] == 0
     assert tell("export", tmp_path / "to", tmp_path / "back", "--exact")[0] == 0
     assert tell("generate", "-m", tmp_path / "to", "-p", "a", "--max-tokens", "2", "--raw", "--quiet")[0] == 0
-    assert tell("inspect", tmp_path / "to")[0] == 0
+    code, out, err = tell("inspect", tmp_path / "to", "--json")
+    record = json.loads(out)["converted"]
+    assert (record["mode"], record["digested"], record["not_finite"]) == ("copy", record["tensors"], 0)
+    assert code == 0 and f"root: {record['root']}\n" in tell("inspect", tmp_path / "to")[1]
     assert tell("gc", tmp_path)[:2] == (0, "nothing to remove\n")
     assert tell("convert", folder, tmp_path / "to", "--mtp", "drop")[0] == 73
     flip(tmp_path / "to/state/hf/model.safetensors", 8 * 100_000)
