@@ -229,6 +229,9 @@ def _scales(there: list[Row], tensors: Mapping[str, Tensor], blocks, source: Pat
         if tensors[name].dtype != FP8:
             problems += [f"{scale} scales {name}, which is {tensors[name].dtype}" for scale in own]
             continue
+        if len(tensors[name].shape) != 2:
+            problems.append(f"{name} is {FP8} and {list(tensors[name].shape)}: only matrices are, with their scales")
+            continue
         if len(own) != 1:
             problems.append(
                 f"{name} is {FP8} and has {len(own) or 'no'} scale{'s' * (len(own) != 1)} (X_scale or X_scale_inv)"

@@ -325,6 +325,10 @@ def lose(x, *names):
             r"k_proj.weight_scale is F32 \[128, 1\], not F32 or BF16 \[64\] or \[64, 1\]",
         ),
         (
+            lambda x: x | {"model.norm.weight": np.ones(32, FP8), "model.norm.weight_scale": np.ones(32, np.float32)},
+            r"model.norm.weight is F8_E4M3 and \[32\]: only matrices are, with their scales",
+        ),
+        (
             lambda x: (
                 x
                 | {
