@@ -4,6 +4,7 @@ import concurrent.futures
 import functools
 import itertools
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from glm_jax.sharding import auto
 WHOLE = 256 << 20  # bytes that several processes hold at once of a weight that one of them writes
 MEMORY = 1 << 30  # bytes of host memory for weights on their way to devices
 PIECE = 16 << 20  # bytes that are read at once, at most
+WORKERS = min(16, max(4, os.cpu_count() or 4))  # that read
 _LEAST = 1 << 16  # and at least
 
 
@@ -30,7 +32,7 @@ def load_weights(
     model: GLM,
     tensors: Mapping[str, Tensor],
     progress: Callable[[int], None] = lambda nbytes: None,
-    workers: int = 8,
+    workers: int = WORKERS,
     memory: int = MEMORY,
 ) -> GLM:
     """Fills an abstract model from checked tensors: each device gets its own byte ranges, through at most `memory`
