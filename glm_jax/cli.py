@@ -184,7 +184,7 @@ def inspect(args: argparse.Namespace) -> int:
             config = first_layers(config, args.layers)
     else:
         folder = fetch(name, **options)
-        if Path(name).expanduser().exists() and quantization(folder) is not None:
+        if Path(name).expanduser().exists() and (folder / "config.json").is_file() and quantization(folder):
             return _inspected(args, stored(plan(folder).arrays), record)
         config, indexed, wanted = read_config(folder, args.dtype, args.layers)
         if Path(name).expanduser().exists() or indexed is None:  # of a Hub's shards the index says enough

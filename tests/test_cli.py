@@ -207,7 +207,7 @@ SPOILT = {
     "a missing field": (65, "no head_dim"),
     "a bad field": (65, "num_attention_heads is -8, not an integer >= 1"),
     "another shape": (65, "model.embed_tokens.weight is [384, 32], the config implies [400, 32]"),
-    "yarn": (65, "rope_scaling is {'type': 'yarn'"),
+    "yarn": (65, "rope_scaling is {'factor': 4, 'type': 'yarn'}"),
     "fp8": (65, "quantised (fp8)"),
 }
 
@@ -225,7 +225,9 @@ def test_a_wrong_folder(kind, copy, capfd):
     code, said = SPOILT[kind]
     where = spoil(kind, copy)
     assert failed(code, said, tell(capfd, "generate", "-m", where, "-p", "x", *ONE))
-    if kind != "bad tokenizer":
+    if kind == "fp8":  # can be looked at
+        assert tell(capfd, "inspect", where)[0] == 0
+    elif kind != "bad tokenizer":
         assert failed(code, said, tell(capfd, "inspect", where))
     assert failed(code, said, tell(capfd, "chat", "-m", where, "--quiet", *ONE))
 
