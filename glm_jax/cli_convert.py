@@ -125,7 +125,8 @@ def _events(args: argparse.Namespace, what: str):
             if args.progress == "json":
                 print(json.dumps(event), file=sys.stderr, flush=True)
             elif progress and event["event"] == "progress":
-                progress(event["done"], event["total"])
+                more = f"{event['memory'] / 2**20:.0f} MiB of memory, at {event['tensor']}"
+                progress(event["done"], event["total"], more)
 
         yield on_event, said
 

@@ -11,26 +11,34 @@ import time
 def progress(what: str, quiet: bool = False):
     """A bar on a terminal, if it takes more than a second; elsewhere a line every ten seconds."""
     begin = last = time.monotonic()
+    before = 0
     if quiet:
         yield None
         return
     if not sys.stderr.isatty():
 
-        def line(done: int, total: int):
-            nonlocal last
-            if time.monotonic() - last > 10:
-                last = time.monotonic()
-                print(f"{what} {done / 2**30:.1f} of {total / 2**30:.1f} GiB", file=sys.stderr)
+        def line(done: int, total: int, more: str = ""):
+            nonlocal last, before
+            now = time.monotonic()
+            if now - last > 10:
+                rate = (done - before) / (now - last)
+                left = f", {(total - done) / rate:.0f} s left" if rate else ""
+                text = f"{what} {done / 2**30:.1f} of {total / 2**30:.1f} GiB, {rate / 1e6:,.0f} MB/s{left}"
+                print(f"{text}, {more}" if more else text, file=sys.stderr)
+                last, before = now, done
 
         yield line
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
+    numbers = (DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (TextColumn(what), BarColumn(), *numbers, TextColumn("{task.fields[more]}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None, visible=False)
-        yield lambda done, total: bar.update(task, completed=done, total=total, visible=time.monotonic() - begin > 1)
+        task = bar.add_task(what, total=None, visible=False, more="")
+        yield lambda done, total, more="": bar.update(
+            task, completed=done, total=total, more=more, visible=time.monotonic() - begin > 1
+        )
 
 
 def size(text: str) -> int:

@@ -69,7 +69,7 @@ def test_arrays_take_the_place_of_tensors(converted, tmp_path, shard_bytes):
 
 
 @pytest.mark.parametrize("below", ["", "params"])
-@pytest.mark.parametrize("leaf", ["", "value"])
+@pytest.mark.parametrize("leaf", ["", pytest.param("value", marks=pytest.mark.slow)])
 def test_a_checkpoint_of_orbax(converted, tmp_path, below, leaf):
     from orbax.checkpoint import v1 as ocp
 
@@ -85,6 +85,7 @@ def test_a_checkpoint_of_orbax(converted, tmp_path, below, leaf):
         np.testing.assert_array_equal(tensor.read(), read_folder(tmp_path / "out")[name].read(), name)
 
 
+@pytest.mark.slow
 def test_rows_are_read_in_pieces(converted, tmp_path, monkeypatch):
     changed = another(converted, *PATHS)
     export(converted, tmp_path / "whole", weights=changed)
