@@ -25,7 +25,7 @@ from glm_jax.convert import convert, export
 from glm_jax.convert.safetensors import read_folder
 from glm_jax.errors import DestinationError
 from glm_jax.loading import DEMO
-from glm_jax.model import rope_angles
+from glm_jax.model import rope_angles, weight_path
 
 pytestmark = pytest.mark.oracle
 
@@ -242,3 +242,25 @@ def test_what_was_converted_is_the_same_model_in_transformers(name, mode, tmp_pa
         np.testing.assert_array_equal(hf.forward(reloaded(tmp_path / at), tokens)[0], want, at)
     ours, _ = load(tmp_path / "to", mesh="expert=2", dtype="float32")
     assert far(ours(tokens)[0], want) < CLOSE
+
+
+def test_trained_weights_are_those_of_transformers(tmp_path):
+    """Every weight of ours changed, saved by Orbax from a mesh, exported: transformers computes what we do."""
+    from orbax.checkpoint import v1 as ocp
+
+    convert(hf.save(hf.build({}), tmp_path / "hf", mtp="file"), tmp_path / "to")
+    ours, _ = load(tmp_path / "to", mesh="expert=2,tensor=2", dtype="float32")
+    tree: dict = {}
+    for keys, array in jax.tree_util.tree_leaves_with_path(ours):
+        *outer, last = weight_path(keys).split(".")
+        inner = tree
+        for key in outer:
+            inner = inner.setdefault(key, {})
+        inner[last] = array * 1.125
+    ocp.save(tmp_path / "step", {"params": tree})
+    export(tmp_path / "to", tmp_path / "tuned", weights=tmp_path / "step")
+    tuned, _ = load(tmp_path / "tuned", mesh="data=1", dtype="float32")
+    tokens = hf.ids({}) % 100
+    want = hf.forward(reloaded(tmp_path / "tuned"), tokens)[0]
+    assert far(tuned(tokens)[0], want) < CLOSE
+    assert far(ours(tokens)[0], want) > 0.01
