@@ -1,24 +1,21 @@
 """Whether a converted checkpoint is what it was: structure, index and every byte."""
 
-import concurrent.futures
 import hashlib
 import os
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from glm_jax import processes
 from glm_jax.convert import native
-from glm_jax.convert.conversion import MEMORY, WORKERS, Event, Watch, fitting, locked, shares
+from glm_jax.convert.conversion import MEMORY, WORKERS, Event, Watch, fitting, in_parallel, locked, shares
 from glm_jax.convert.hub import fetch_whole
 from glm_jax.convert.native import HF, SEAL, Manifest, index_files, manifest_name, misplaced, seal_bytes, write_small
-from glm_jax.convert.planning import STORED, Part, plan, sha256
+from glm_jax.convert.planning import STORED, Output, Part, Plan, plan, sha256
 from glm_jax.convert.safetensors import opened, read_raw_header
-from glm_jax.convert.streaming import stream
-from glm_jax.errors import BadInput, GLMError, MissingInput, show
+from glm_jax.convert.streaming import made_of, stream
+from glm_jax.errors import BadInput, DestinationError, GLMError, MissingInput, show
 
 _MOST_SMALL = 100_000_000  # bytes of a file that the seal names: Orbax's index may be as long
 
@@ -43,15 +40,20 @@ def verify(
     if not native.is_native(folder):
         if source is not None or (folder / HF).is_dir():
             raise MissingInput(f"{folder}: no {SEAL}, so not made by glm-jax convert, or never finished")
-        _hugging_face(path, structure, workers, on_event)
+        _hugging_face(path, structure, workers, memory, on_event)
         return None
     with processes.agreed():
         manifest, small = native.read(folder)
         workers = fitting(workers, memory, len(manifest.tensors))
-        problems = _structure(folder, manifest, small)
+        if not structure and manifest.root is None and not os.access(folder, os.W_OK):
+            raise DestinationError(
+                f"{folder}: its digests are not known yet, and cannot be recorded since it cannot be written: "
+                "--structure checks the rest"
+            )
+        problems, made = _structure(folder, manifest, small), None
         if source is not None:
-            source = fetch_whole(source)
-            facts = plan(source, _asked(manifest.facts["dtype"]), manifest.facts["mtp"]).facts
+            made = plan(fetch_whole(source), _asked(manifest.facts["dtype"]), manifest.facts["mtp"])
+            facts = made.facts
             for key in ("files", "beside"):
                 for name in sorted({*facts[key], *manifest.facts[key]}):
                     if facts[key].get(name) != manifest.facts[key].get(name):
@@ -61,16 +63,17 @@ def verify(
     if not structure:
         with processes.agreed():
             mine, problems = _bytes(folder, manifest, workers, on_event)
-            if source is not None and not problems:
-                problems = _same_as_source(Path(source), manifest, mine, workers, on_event)
+            if made is not None and not problems:
+                problems = _same_as_source(made, mine, workers, on_event)
         for found, wrong in processes.exchange([mine, problems]):
             new |= {name: (digest, count) for name, (digest, count) in found.items()}
             problems += [words for words in wrong if words not in problems]
         _refuse(folder, sorted(problems))
+    unknown = sum(manifest.tensors[name].sha256 is None for name in new)
     with processes.agreed():
-        if any(manifest.tensors[name].sha256 is None for name in new):
-            _record(folder, manifest, small, new)
-    on_event({"event": "done", "tensors": len(manifest.tensors), "root": manifest.root})
+        if unknown:
+            _record(folder, manifest, new)
+    on_event({"event": "done", "tensors": len(manifest.tensors), "root": manifest.root, "recorded": unknown})
     return manifest
 
 
@@ -85,10 +88,11 @@ def _refuse(folder: Path, problems: list[str]) -> None:
         raise BadInput(f"{folder}: " + "; ".join(problems[:8]) + more)
 
 
-def _hugging_face(path: "str | Path", structure: bool, workers: int, on_event: Event) -> None:
+def _hugging_face(path: "str | Path", structure: bool, workers: int, memory: int, on_event: Event) -> None:
     """Checks a folder that was not converted, as far as it can be: it has no digests but what the Hub's cache calls its
     files, of those that came through its large file storage."""
     made = plan(fetch_whole(path))
+    workers = fitting(workers, memory, len(made.tensors))
     files = {t.file: t.stamp[0] for t in made.tensors.values()}
     named = {f: f.resolve().name for f in files if f.is_symlink() and re.fullmatch("[0-9a-f]{64}", f.resolve().name)}
     watch, problems, stop = Watch(sum(files[f] for f in named), on_event), [], threading.Event()
@@ -101,7 +105,7 @@ def _hugging_face(path: "str | Path", structure: bool, workers: int, on_event: E
         stream(file, files[file], [whole], found, watch.passed, stop)
 
     if not structure:
-        _in_parallel(one, sorted(named), workers, stop)
+        in_parallel(one, sorted(named), workers, stop)
         _refuse(made.source, sorted(problems))
     checked = 0 if structure else len(named)
     on_event({"event": "done", "tensors": len(made.tensors), "files": len(files), "files_digested": checked})
@@ -113,7 +117,10 @@ def _structure(folder: Path, manifest: Manifest, small: dict[str, str]) -> list[
     for at, folders, files in os.walk(folder):
         links = [name for name in folders if os.path.islink(Path(at) / name)]
         for name in [*files, *links]:
-            if (inside := str((Path(at) / name).relative_to(folder))) not in known or name in links:
+            inside = str((Path(at) / name).relative_to(folder))
+            if native.is_leftover(inside, small) and name not in links:
+                continue
+            if inside not in known or name in links:
                 problems.append(f"{inside if inside.isprintable() else show(inside)} does not belong here")
         if links:  # nothing is read behind them
             return problems
@@ -175,14 +182,24 @@ def _bytes(folder: Path, manifest: Manifest, workers: int, on_event: Event):
     return new, sorted(problems)
 
 
-def _same_as_source(source: Path, manifest: Manifest, new, workers: int, on_event: Event) -> list[str]:
-    problems = []
+def _same_as_source(made: Plan, new, workers: int, on_event: Event) -> list[str]:
+    """Tensors of the source, made as they were made, that differ from those that are there."""
+    problems: list[str] = []
+    watch, stop = Watch(made.nbytes, on_event), threading.Event()
+    files = {t.file.name: t.file for t in made.tensors.values()}
 
     def found(done):
-        problems.extend(f"{part.name} differs from {source}" for part, digest, _ in done if new[part.name][0] != digest)
+        wrong = (part.name for part, digest, _ in done if new.get(part.name, (digest,))[0] != digest)
+        problems.extend(f"{name} differs from {made.source}" for name in wrong)
 
-    kept = [name for name in _share(manifest, sorted(manifest.files)) if manifest.files[name]["verbatim"]]
-    _stream_all(source, manifest, kept, found, workers, on_event)
+    def one(output: Output) -> None:
+        content = files[output.name]
+        if not output.verbatim:
+            content = made_of(output.header, output.parts, made.tensors, made.scales, made.blocks)
+        stream(content, output.size, output.parts, found, watch.passed, stop)
+
+    outputs = sorted(made.outputs, key=lambda output: output.name)
+    in_parallel(one, [outputs[i] for i in shares([output.size for output in outputs])], workers, stop)
     return sorted(problems)
 
 
@@ -200,34 +217,25 @@ def _stream_all(folder: Path, manifest: Manifest, files: list[str], found, worke
     stop = threading.Event()
     in_order = lambda file: sorted(parts[file], key=lambda p: (p.offset, p.nbytes))
     one = lambda file: stream(folder / file, manifest.files[file]["size"], in_order(file), found, watch.passed, stop)
-    _in_parallel(one, sorted(parts), workers, stop)
+    in_parallel(one, sorted(parts), workers, stop)
 
 
-def _in_parallel(one: Callable[[Any], None], files: Iterable[Any], workers: int, stop: threading.Event) -> None:
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        pending = [pool.submit(one, file) for file in files]
-        try:
-            for future in concurrent.futures.as_completed(pending):
-                future.result()
-        except BaseException:
-            stop.set()
-            for future in pending:
-                future.cancel()
-            raise
-
-
-def _record(folder: Path, manifest: Manifest, small: dict[str, str], new) -> None:
+def _record(folder: Path, manifest: Manifest, new) -> None:
     """Writes the digests: a new manifest beside the old one, then the seal that names it, then the old one goes."""
     for name, (digest, wrong) in new.items():
         manifest.tensors[name].sha256, manifest.tensors[name].nonfinite = digest, wrong
     if processes.index():
         return
     with locked(folder.resolve()):
+        there, small = native.read(folder)  # another check may have been faster
+        for name, t in there.tensors.items():
+            if t.sha256 not in (None, manifest.tensors[name].sha256):
+                raise BadInput(f"{folder}: {name} is not what another check has just recorded: glm-jax verify {folder}")
         data = manifest.to_bytes()
         name = manifest_name(data)
-        old = [n for n in small if n.startswith("glm_manifest-") and n != name]
-        digests = {n: d for n, d in small.items() if n not in old} | {name: sha256(data)}
+        digests = {n: d for n, d in small.items() if not n.startswith("glm_manifest-")} | {name: sha256(data)}
         write_small(folder, {name: data})
         write_small(folder, {SEAL: seal_bytes(name, digests)})
-        for n in old:
-            (folder / n).unlink(missing_ok=True)
+        for leftover in os.listdir(folder):
+            if native.is_leftover(leftover, digests):
+                (folder / leftover).unlink(missing_ok=True)

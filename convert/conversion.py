@@ -9,11 +9,12 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from glm_jax.convert.hub import fetch_whole
 from glm_jax.convert.native import HF, SEAL, Manifest, Record, index_files, manifest_of, write_small
 from glm_jax.convert.planning import SCALES, Output, Part, Plan, differences, plan, sha256
 from glm_jax.convert.planning import digest as digest_of
-from glm_jax.convert.safetensors import blamed_on, opened, read_json, read_small
-from glm_jax.convert.streaming import Stopped, made_of, stream
-from glm_jax.errors import BadInput, DestinationError, GLMError, Locked, NoSpace, UsageError
+from glm_jax.convert.safetensors import Tensor, blamed_on, opened, read_json, read_small
+from glm_jax.convert.streaming import Stopped, made_of, stream, wrong_numbers
+from glm_jax.errors import BadInput, DestinationError, GLMError, Locked, MissingInput, NoSpace, UsageError, show
 
 STAGING, LOCK = ".glm-jax-staging", ".glm-jax-lock"
 WORKERS = 3  # that read, digest and write: more than processors, since each waits for the disk
@@ -69,25 +70,23 @@ def convert(
     for a target that is not ours, of another plan or on a read-only disk, Locked."""
     if nonfinite not in ("error", "record"):
         raise UsageError(f"--nonfinite {nonfinite}: error or record")
-    if workers < 1:
-        raise UsageError(f"--workers {workers}: at least 1")
     target = Path(os.path.abspath(Path(target).expanduser()))
     first = processes.index() == 0  # of several: it says what is done, and writes all but the weights
     with processes.agreed():
         folder = fetch_whole(source, revision=revision, token=token, offline=offline)
         made = plan(folder, dtype, mtp)
-        if target in (Path(os.path.abspath(p)) for p in (Path(source).expanduser(), made.source)):
-            raise DestinationError(f"{target}: this is the source; give another folder")
+        apart(target, Path(source).expanduser(), made.source)
         workers = fitting(workers, memory, len(made.tensors))
-        chosen = _mode(made, mode, target) if first else None
+        already = _finished(target, made.facts, mode) if first else None
+        chosen = (already.mode, already.why) if already else _mode(made, mode, target, dry_run) if first else None
     chosen, why = processes.exchange(chosen)[0]
     manifest = manifest_of(made, chosen, why)
     _check_same(manifest)
-    writes = 0 if chosen == "index" else made.nbytes
+    writes, staged = 0 if chosen == "index" else made.nbytes, target.with_name(target.name + STAGING)
     with processes.agreed():
-        already = _finished(target, manifest) if first else None
         if first and already is None:
-            check_space(target.parent, writes, target.with_name(target.name + STAGING))
+            _check_begun(staged, manifest.facts)
+            check_space(target.parent, writes, staged)
     facts = {"mode": chosen, "why": why, "tensors": len(manifest.tensors), "bytes": made.nbytes, "writes": writes}
     if dry_run:
         facts["memory"] = _base(len(made.tensors)) + workers * HELD * bool(writes or digest)
@@ -102,24 +101,25 @@ def convert(
             verified = verify(target, workers=workers, memory=memory, on_event=on_event)
             assert verified is not None
             already = verified
+            _refuse_wrong(already.tensors, nonfinite)
         if done:
             on_event({"event": "done", "already": True, "root": already.root})
         return already
-    stamps = {t.file.name: list(t.stamp) for t in made.tensors.values()} if chosen != "index" else {}
+    stamps = {t.file.name: list(t.stamp) for t in made.tensors.values()} if chosen != "index" or digest else {}
     with contextlib.ExitStack() as held:
-        staged = None
+        folder = None
         with processes.agreed():
             if first:
                 make_parent(target)
                 held.enter_context(locked(target))
-                staged = held.enter_context(staging(target, manifest.facts, stamps))
-                if staged:
-                    write_small(staged, {f"{HF}/{n}": _beside(made, n) for n in made.beside})
-        if processes.exchange(staged is None)[0]:  # an earlier call was done, but for the name
+                if _finished(target, manifest.facts, chosen) is None:  # or another process has just done it
+                    folder = held.enter_context(staging(target, manifest.facts, stamps))
+                if folder:
+                    write_small(folder, {f"{HF}/{n}": _beside(made, n) for n in made.beside})
+        if processes.exchange(folder is None)[0]:  # or an earlier call was done, but for the name
             already = native.read(target)[0]
             on_event({"event": "done", "already": True, "root": already.root})
             return already
-        staged = target.with_name(target.name + STAGING)
         sources = {t.file.name: (t.file, t.stamp) for t in made.tensors.values()}
         jobs = []
         with processes.agreed():
@@ -135,7 +135,8 @@ def convert(
                 else:
                     content = made_of(output.header, output.parts, made.tensors, made.scales, made.blocks)
                     jobs.append((content, output.size, output.parts, at, None))
-        run(jobs, lambda: Journal(staged, manifest.tensors), on_event, workers, nonfinite)
+        scales = {name: made.tensors[scale] for name, scale in made.scales.items()}
+        run(jobs, lambda: Journal(staged, manifest.tensors, scales), on_event, workers, nonfinite)
         with processes.agreed():
             if first:
                 finish(staged, target, manifest)
@@ -145,6 +146,8 @@ def convert(
 
 def fitting(workers: int, memory: int, tensors: int) -> int:
     """How many of so many workers fit into memory, with what so many tensors take."""
+    if workers < 1:
+        raise UsageError(f"--workers {workers}: at least 1")
     base = _base(tensors)
     if memory < base + HELD:
         raise UsageError(
@@ -190,7 +193,7 @@ def _speed(made: Plan) -> int:
     return round(seen / max(time.monotonic() - begin, 1e-9))
 
 
-def _mode(made: Plan, mode: str, target: Path) -> tuple[str, str]:
+def _mode(made: Plan, mode: str, target: Path, dry_run: bool) -> tuple[str, str]:
     """The mode, and why."""
     if mode not in MODES:
         raise UsageError(f"--mode {mode}: one of {', '.join(MODES)}")
@@ -207,7 +210,7 @@ def _mode(made: Plan, mode: str, target: Path) -> tuple[str, str]:
         return "copy", f"{mixed} holds the MTP layer, which is dropped, beside others"
     if mode == "copy":
         return "copy", "as asked for"
-    if trouble := _cannot_link(made, target):
+    if trouble := _cannot_link(made, target, dry_run):
         if mode == "index":
             raise DestinationError(f"--mode index: {trouble}: --mode copy, or a target beside the source")
         return "copy", trouble
@@ -218,14 +221,16 @@ def _keeps_dtypes(made: Plan, output: Output) -> bool:
     return all(part.dtype == made.tensors[part.name].dtype for part in output.parts)
 
 
-def _cannot_link(made: Plan, target: Path) -> str:
-    """Why the shards cannot have a second name below the target's folder, "" if they can."""
+def _cannot_link(made: Plan, target: Path, dry_run: bool) -> str:
+    """Why the shards cannot have a second name below the target's folder, "" if they can; tried, but in a dry run."""
     parent = next(p for p in target.parents if p.exists())
     tensor = next(iter(made.tensors.values()))
     path = tensor.file.resolve()
     if os.stat(path).st_dev != os.stat(parent).st_dev:
         return f"{parent} is on another file system than {path.parent}"
-    probe = parent / f".{target.name}.{os.getpid()}.glm-jax-probe"
+    if dry_run:
+        return ""
+    probe = parent / f".{target.name}.{secrets.token_hex(4)}.glm-jax-probe"
     try:
         os.link(path, probe)
     except OSError as error:
@@ -261,19 +266,35 @@ def _link(path: Path, at: Path, stamp: tuple[int, int]) -> None:
         raise BadInput(f"{path}: the file changed while it was converted: do it again when nothing writes to it")
 
 
-def _finished(target: Path, manifest: Manifest) -> Manifest | None:
-    """The manifest of a target that is there, if it is of this plan; DestinationError if it is anything else."""
+def _finished(target: Path, facts: Mapping[str, Any], mode: str) -> Manifest | None:
+    """The manifest of a target that is there, if it is of this plan and mode; DestinationError if it is anything
+    else."""
     if not os.path.lexists(target):
         return None
+    if target.is_symlink():
+        raise DestinationError(f"{target}: is a symbolic link; give the folder that it leads to")
     if not native.is_native(target):
         if target.is_dir() and not any(target.iterdir()):
             return None
         raise DestinationError(f"{target}: is there already and was not made by convert; give another folder")
     there, _ = native.read(target)
-    if there.facts != manifest.facts:
-        told = "; ".join(differences(there.facts, manifest.facts))
+    facts = {**facts, "mode": there.mode if mode == "auto" else mode}
+    if there.facts != facts:
+        told = "; ".join(differences(there.facts, facts))
         raise DestinationError(f"{target}: is a conversion of another plan ({told}); give another folder, or remove it")
+    native.check_sizes(target, there)
     return there
+
+
+def apart(target: Path, *sources: Path) -> None:
+    """Nothing is written into what is read, nor the other way round."""
+    inner = target.resolve()
+    for source in sources:
+        outer = source.resolve()
+        if inner == outer:
+            raise DestinationError(f"{target}: this is the source; give another folder")
+        if source.is_dir() and (inner.is_relative_to(outer) or outer.is_relative_to(inner)):
+            raise DestinationError(f"{target}: and the source {source} lie in each other; give a folder apart from it")
 
 
 def check_space(folder: Path, nbytes: int, staged: Path) -> None:
@@ -302,7 +323,10 @@ def locked(target: Path) -> Iterator[None]:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
+                os.close(fd)
+                raise DestinationError(f"{path}: cannot be locked on this file system: {error.strerror}") from None
             who = os.read(fd, 200).decode(errors="replace").strip() or "another process"
             os.close(fd)
             raise Locked(f"{target}: {who} is writing it now: wait for its end") from None
@@ -328,33 +352,17 @@ def staging(target: Path, facts: Mapping[str, Any], stamps: Mapping[str, Any]) -
     folder = target.with_name(target.name + STAGING)
     path, text = folder / "plan.json", json.dumps({"facts": facts, "stamps": stamps}, sort_keys=True).encode()
     facts, stamps = json.loads(text).values()
-    for inner in (folder, folder / "state", folder / HF):  # what is written there would be written somewhere else
-        if inner.is_symlink() or os.path.lexists(inner) and not inner.is_dir():
-            raise DestinationError(
-                f"{inner}: is not a folder that a conversion makes: remove it, or give another target"
-            )
-    whole, before, stamped = (folder / SEAL).is_file(), None, stamps
-    if whole:
-        before = native.read(folder)[0].facts
-    else:
-        with contextlib.suppress(GLMError):  # changed by hand: nothing that can be gone on with
-            begun = read_json(path, "the plan")
-            before, stamped = begun.get("facts"), begun.get("stamps")
-            before = before if isinstance(before, dict) else None
-    if stamped != stamps:
-        shutil.rmtree(folder)
-    elif before is not None:
-        if told := differences(before, facts):
-            raise DestinationError(
-                f"{folder}: was begun by another plan ({'; '.join(told)}): the same command as then goes on, "
-                f"or glm-jax gc {target.parent} removes it"
-            )
-        if whole:
+    if stamped := _check_begun(folder, facts):
+        if (folder / SEAL).is_file():
             _rename(folder, target)
             yield None
             return
-    elif os.path.lexists(folder) and any(folder.iterdir()):
-        shutil.rmtree(folder)  # from before the plan was written: there is nothing in it
+        if stamped != [stamps]:
+            shutil.rmtree(folder)
+    elif os.path.lexists(folder):
+        if strange := sorted(set(os.listdir(folder)) - {"state", "plan.json", "plan.json.tmp", "journal-0.jsonl"}):
+            raise DestinationError(f"{folder}: holds {show(strange[0])}, which is not ours: move it away")
+        shutil.rmtree(folder)  # from before the plan was written, or changed by hand: nothing to go on with
     with blamed_on(folder, 0):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / HF).mkdir(parents=True, exist_ok=True)
@@ -363,12 +371,36 @@ def staging(target: Path, facts: Mapping[str, Any], stamps: Mapping[str, Any]) -
     yield folder
 
 
+def _check_begun(folder: Path, facts: Mapping[str, Any]) -> list[Any]:
+    """[the stamps] of what a staging folder was begun with, [] without; DestinationError for one of another plan."""
+    for inner in (folder, folder / "state", folder / HF):  # what is written there would be written somewhere else
+        if inner.is_symlink() or os.path.lexists(inner) and not inner.is_dir():
+            raise DestinationError(
+                f"{inner}: is not a folder that a conversion makes: remove it, or give another target"
+            )
+    before, stamps = None, None
+    if (folder / SEAL).is_file():
+        before = native.read(folder)[0].facts
+    else:
+        with contextlib.suppress(GLMError):  # changed by hand: nothing that can be gone on with
+            begun = read_json(folder / "plan.json", "the plan")
+            before, stamps = begun.get("facts"), begun.get("stamps")
+    if not isinstance(before, dict):
+        return []
+    if told := differences(before, json.loads(json.dumps(facts))):
+        raise DestinationError(
+            f"{folder}: was begun by another plan ({'; '.join(told)}): the same command as then goes on, "
+            f"or glm-jax gc {folder.parent} removes it"
+        )
+    return [stamps]
+
+
 class Journal:
     """Which tensors are done, on the disk before anything relies on it. Each of several processes writes its own, and
-    knows what all had written before."""
+    knows what all had written before. `scales` go into tensors, and are looked at with them."""
 
-    def __init__(self, folder: Path, tensors: Mapping[str, Record]):
-        self.folder, self.tensors, self.lock = folder, tensors, threading.Lock()
+    def __init__(self, folder: Path, tensors: Mapping[str, Record], scales: Mapping[str, Tensor] | None = None):
+        self.folder, self.tensors, self.scales, self.lock = folder, tensors, scales or {}, threading.Lock()
         self.path = folder / f"journal-{processes.index()}.jsonl"
         self.read()
         with blamed_on(self.path, 0):
@@ -387,6 +419,7 @@ class Journal:
                     self.tensors[name].sha256, self.tensors[name].nonfinite = digest, wrong
 
     def add(self, found: Sequence[tuple[Part, str, int]]) -> None:
+        found = [(part, digest, wrong + self._scale(part.name)) for part, digest, wrong in found]
         text = "".join(json.dumps([part.name, digest, wrong]) + "\n" for part, digest, wrong in found).encode()
         with self.lock:
             with blamed_on(self.path, len(text)):
@@ -394,6 +427,11 @@ class Journal:
                 os.fdatasync(self.fd)
             for part, digest, wrong in found:
                 self.tensors[part.name].sha256, self.tensors[part.name].nonfinite = digest, wrong
+
+    def _scale(self, name: str) -> int:
+        """How many numbers of a tensor's scale are wrong."""
+        scale = self.scales.get(name)
+        return wrong_numbers(scale.read().tobytes(), scale.dtype, True) if scale else 0
 
     def close(self) -> None:
         os.close(self.fd)
@@ -455,16 +493,18 @@ def run(jobs: Sequence[tuple], journal: Callable[[], Journal], on_event: Event, 
     with processes.agreed():
         if processes.count() > 1:
             log.read()
-        wrong = {name: t.nonfinite for name, t in known.items() if t.nonfinite}
-        if wrong and nonfinite == "error":
-            told = ", ".join(
-                f"{name} ({n:,} {'zero or ' * name.endswith(SCALES)}not finite)" for name, n in [*wrong.items()][:4]
-            )
-            more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-            raise BadInput(
-                f"{told}{more}: --nonfinite record goes on from here and counts them; what was made stays beside the "
-                "target"
-            )
+        _refuse_wrong(known, nonfinite, log.scales)
+
+
+def _refuse_wrong(tensors: Mapping[str, Record], nonfinite: str, scales: Mapping[str, Any] | None = None) -> None:
+    """BadInput if numbers are not finite, or scales zero, and that is an error."""
+    wrong = {name: t.nonfinite for name, t in tensors.items() if t.nonfinite}
+    if wrong and nonfinite != "record":
+        zero = lambda name: "zero or " if name.endswith(SCALES) else "zero scales or " if name in (scales or {}) else ""
+        told = ", ".join(f"{name} ({n:,} {zero(name)}not finite)" for name, n in [*wrong.items()][:4])
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        advice = "--nonfinite record goes on from here and counts them; what was made stays beside the target"
+        raise BadInput(f"{told}{more}: {advice if nonfinite == 'error' else nonfinite}")
 
 
 def shares(sizes: Sequence[int]) -> list[int]:
@@ -492,8 +532,13 @@ def _run(mine: Sequence[int], jobs: Sequence[tuple], log: Journal, on_event: Eve
         watch.passed(start if todo else size, parts[0].name if parts else "")
         stream(content, size, todo, log.add, watch.passed, stop, at, stamp, start)
 
+    in_parallel(one, mine, workers, stop)
+
+
+def in_parallel(one: Callable[[Any], None], those: Iterable[Any], workers: int, stop: threading.Event) -> None:
+    """Calls `one` with each of those, some at once. What goes wrong in one sets `stop` for the others and is raised."""
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        pending = [pool.submit(one, i) for i in mine]
+        pending = [pool.submit(one, it) for it in those]
         try:
             for future in concurrent.futures.as_completed(pending):
                 future.result()
@@ -532,10 +577,13 @@ def _rename(folder: Path, target: Path) -> None:
 
 
 def gc(folder: "str | Path") -> list[Path]:
-    """Removes from a folder what conversions and exports have left that were begun and that nobody goes on with now.
-    Returns what was removed."""
-    removed = []
-    for path in sorted(Path(folder).expanduser().glob(f"*{STAGING}")):
+    """Removes from a folder, or beside a target of this name, what conversions and exports have left that were begun
+    and that nobody goes on with now. Returns what was removed. Raises MissingInput where there is no such folder."""
+    folder, removed = Path(folder).expanduser(), []
+    beside = [folder.with_name(folder.name + STAGING)] if folder.name else []
+    if not folder.is_dir() and not any(path.is_dir() for path in beside):
+        raise MissingInput(f"{folder}: no such folder, and nothing was begun beside it")
+    for path in sorted([*beside, *folder.glob(f"*{STAGING}")]):
         if path.is_symlink() or not path.is_dir():  # made by nobody of ours
             continue
         with contextlib.suppress(Locked), locked(path.with_name(path.name.removesuffix(STAGING))):

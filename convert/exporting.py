@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from glm_jax.convert.conversion import (
     WORKERS,
     Event,
     Journal,
+    apart,
     check_space,
     fitting,
+    gc,
+    in_parallel,
     locked,
     make_parent,
     run,
@@ -35,7 +39,7 @@ from glm_jax.convert.safetensors import (
     read_raw_header,
     read_small,
 )
-from glm_jax.convert.streaming import made_of
+from glm_jax.convert.streaming import made_of, stream
 from glm_jax.convert.table import file_order
 from glm_jax.convert.trained import Trained, trained
 from glm_jax.errors import BadInput, DestinationError, GLMError, MissingInput, UsageError
@@ -77,6 +81,7 @@ def export(
         if exact and weights is not None:
             raise UsageError("--exact and --weights exclude each other: with other weights the bytes are others")
         workers = fitting(workers, memory, len(manifest.tensors))
+        apart(target, folder)
         held = read_folder(folder / HF)
         if wrong := misplaced(manifest, held):
             raise BadInput(f"{folder}: {', '.join(wrong[:3])}: not as the manifest says: glm-jax verify {folder}")
@@ -84,7 +89,7 @@ def export(
         stamps: dict[str, Any] = {t.file.name: list(t.stamp) for t in held.values()}
         changed: dict[str, Trained] = {}
         if weights is not None:
-            changed, stamps["weights"] = trained(weights, manifest)
+            changed, stamps["weights"], workers = trained(weights, manifest, memory, workers)
             tensors |= changed
         beside = {name: read_small(folder / HF / name) for name in manifest.facts["beside"]}
         for name, data in beside.items():
@@ -111,10 +116,13 @@ def export(
     ]
     records = {p.name: Record(p.dtype, p.shape, o.name, p.offset, p.nbytes) for o in outputs for p in o.parts}
     journal = lambda staged: _Checked(staged, records, manifest, changed)
+    replaced = {array.path for array in manifest.arrays if set(array.tensors) & changed.keys()}
+    told = {"files": len(outputs), "replaced": len(replaced), "arrays": len(manifest.arrays)}
+    known = {name: None if name in changed else t.sha256 for name, t in manifest.tensors.items()}
     with processes.agreed():
-        done = processes.index() == 0 and _is_there(target, outputs, bool(changed))
+        done = processes.index() == 0 and _is_there(target, outputs, contents, beside, known, workers)
     if processes.exchange(done)[0]:
-        on_event({"event": "done", "already": True, "files": len(outputs)})
+        on_event({"event": "done", "already": True} | told)
         return [target / output.name for output in outputs]
     staged = target.with_name(target.name + STAGING)
     with contextlib.ExitStack() as held_open:
@@ -125,7 +133,8 @@ def export(
             (content, output.size, output.parts, staged / HF / output.name, None)
             for content, output in zip(contents, outputs, strict=True)
         ]
-        run(jobs, lambda: journal(staged), on_event, workers, "error" if changed else "record")
+        wrong = "in the arrays of --weights; nothing was exported" if changed else "record"
+        run(jobs, lambda: journal(staged), on_event, workers, wrong)
         with processes.agreed():
             if processes.index() == 0:
                 write_small(staged, {f"{HF}/{name}": data for name, data in beside.items()})
@@ -135,16 +144,16 @@ def export(
                     os.rename(staged / HF, target)
                     sync_folders([target.parent])
                     shutil.rmtree(staged)
-    on_event({"event": "done", "files": len(outputs)})
+    on_event({"event": "done", "already": False} | told)
     return [target / output.name for output in outputs]
 
 
 def _begin(target: Path, nbytes: int, facts, stamps, held: contextlib.ExitStack) -> None:
-    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
-        raise DestinationError(f"{target}: is there already and not empty; give another folder, or remove it")
     make_parent(target)
-    check_space(target.parent, nbytes, target)
     held.enter_context(locked(target))
+    if os.path.lexists(target) and (target.is_symlink() or not target.is_dir() or any(target.iterdir())):
+        raise DestinationError(f"{target}: is there already and not empty; give another folder, or remove it")
+    check_space(target.parent, nbytes, target.with_name(target.name + STAGING))
     held.enter_context(staging(target, facts, stamps))
 
 
@@ -172,21 +181,45 @@ def _numbers(tensor: Tensor) -> int:
     return count
 
 
-def _is_there(target: Path, outputs: list[Output], trained: bool) -> bool:
-    """Whether an export was finished: it gets its name when it is whole. Of trained weights the folder does not say
-    which they were."""
-    if trained:
-        return False
+def _is_there(target: Path, outputs: list[Output], contents, beside, known, workers: int) -> bool:
+    """Whether this export was finished: every byte is compared, since other weights look the same from outside. Raises
+    DestinationError for a folder of the same files with something else in them."""
     try:
-        there = all(
-            (target / o.name).stat().st_size == o.size and read_raw_header(target / o.name) == o.header for o in outputs
-        )
+        for o in outputs:
+            if (target / o.name).stat().st_size != o.size or read_raw_header(target / o.name) != o.header:
+                return False
     except (OSError, GLMError):
         return False
-    staged = target.with_name(target.name + STAGING)
-    if there and staged.is_dir():  # it ended before it had cleared up
-        shutil.rmtree(staged)
-    return there
+    differ = [name for name, data in beside.items() if not _holds(target / name, data)]
+    stop = threading.Event()
+
+    def one(at: int) -> None:
+        there: dict[str, str] = {}
+        want = {part.name: known[part.name] for part in outputs[at].parts}
+        keep = lambda into: lambda done: into.update({part.name: digest for part, digest, _ in done})
+        look = lambda content, into: stream(
+            content, outputs[at].size, outputs[at].parts, keep(into), lambda nbytes, tensor: None, stop
+        )
+        look(target / outputs[at].name, there)
+        if None in want.values():
+            look(contents[at], want)
+        differ.extend(name for name in want if there[name] != want[name])
+
+    in_parallel(one, range(len(outputs)), workers, stop)
+    if differ:
+        raise DestinationError(
+            f"{target}: is there already, with another {', '.join(sorted(differ)[:3])}"
+            f"{f' and {len(differ) - 3} more' if len(differ) > 3 else ''}; give another folder, or remove it"
+        )
+    gc(target)  # it ended before it had cleared up
+    return True
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    try:
+        return read_small(path) == data
+    except GLMError:
+        return False
 
 
 class _Checked(Journal):

@@ -92,13 +92,16 @@ def _place(row: Row, leaf, tensors, pool, progress, budget: int, piece: int) -> 
     bytes at once."""
     readings, shape = _readings(row, leaf), leaf.sharding.shard_shape(leaf.shape)
     several = sum(map(len, readings.values()))  # shards that differ
-    most = math.prod(shape) if _is_host(readings) else budget // several // leaf.dtype.itemsize
+    inside = _is_host(readings)
+    most = math.prod(shape) if inside else budget // several // leaf.dtype.itemsize
     n = len(row.stacked) + (len(row.axes) > 1)  # a shard may be cut along these axes, which are rows of tensors
     chunks = list(_chunks(shape[:n], max(1, most // math.prod(shape[n:]))))
     count, stack = len(leaf.sharding.addressable_devices), None
     wide = lambda size: (*size[:-1], size[-1] * count)
     for chunk in chunks:
         devices, put = _part(row, leaf, readings, chunk, tensors, pool, progress, piece)
+        if not inside:
+            jax.block_until_ready(put)  # before more of the host's memory is taken
         if len(chunks) == 1:
             return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, put)
         sharding = _side_by_side(devices, len(shape))
@@ -107,7 +110,7 @@ def _place(row: Row, leaf, tensors, pool, progress, budget: int, piece: int) -> 
             stack = jnp.zeros(wide(shape), leaf.dtype, device=sharding)
         stack = _insert(stack, part, (*(s.start for s in chunk), *(0 for _ in shape[n:])))
         jax.block_until_ready(stack)
-        del put, part  # before more of the host's memory is taken
+        del put, part
     assert stack is not None
     shards = [shard.data for shard in stack.addressable_shards]
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)

@@ -17,7 +17,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,13 +26,14 @@ import numpy as np
 from glm_jax.convert import ocdbt
 from glm_jax.convert.planning import FORMAT, Array, Plan, belongs, digest, sha256
 from glm_jax.convert.safetensors import DTYPES, SHARD, Tensor, blamed_on, is_name, read_small
-from glm_jax.errors import BadInput, show
+from glm_jax.errors import BadInput, MissingInput, show
 
 SEAL = "glm_seal.json"
 HF = "state/hf"
 MOST_SEAL = 1 << 20  # bytes: of some thousand small files
 _NODE = "d/index"
 _MOST_MANIFEST = 1 << 29  # bytes of a manifest's text: fifty times GLM-4.6's
+_LEFTOVER = re.compile(r"glm_manifest-[0-9a-f]{16}\.json\.gz(\.tmp)?|glm_seal\.json\.tmp")
 _MOST_PACKED = 30  # times as much text as there are bytes, beyond the first million; without digests it is 14 times
 _MANIFEST = re.compile(r"glm_manifest-[0-9a-f]{16}\.json\.gz")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -287,23 +288,28 @@ def is_native(folder: "str | Path") -> bool:
     return (Path(folder).expanduser() / SEAL).is_file()
 
 
-def read(folder: Path) -> tuple[Manifest, dict[str, str]]:
+def read(folder: Path, again: bool = True) -> tuple[Manifest, dict[str, str]]:
     """The manifest of a folder, and the digests of its small files, both checked against the seal."""
     path = folder / SEAL
     for inner in (folder / "state", folder / HF):
         if inner.is_symlink():
             raise BadInput(f"{inner}: a symbolic link, of which a converted folder has none: convert again")
-    data = read_small(path, MOST_SEAL)
+    sealed = read_small(path, MOST_SEAL)
     try:
-        seal = json.loads(data)
+        seal = json.loads(sealed)
         name, files = seal["manifest"], seal["files"]
-        same = seal_bytes(name, files) == data and seal["format"] == FORMAT
+        same = seal_bytes(name, files) == sealed and seal["format"] == FORMAT
         same = same and bool(_MANIFEST.fullmatch(name)) and all(map(_is_inside, files))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         same = False
     if not same:
         raise BadInput(f"{path}: is damaged, or of another version of glm_jax: convert again")
-    data = read_small(folder / name)
+    try:
+        data = read_small(folder / name)
+    except MissingInput:
+        if again and read_small(path, MOST_SEAL) != sealed:  # another process has just recorded digests
+            return read(folder, again=False)
+        raise
     if sha256(data) != files.get(name):
         raise BadInput(f"{folder / name}: is not what the seal says: it was changed or is damaged")
     return Manifest.of_bytes(data, folder / name), files
@@ -319,13 +325,21 @@ def hf_folder(folder: Path) -> Path:
     """The Hugging Face folder in a converted one, after a look at the seal and the sizes; any other folder as it is."""
     if not is_native(folder):
         return folder
-    manifest, _ = read(folder)
+    check_sizes(folder, read(folder)[0])
+    return folder / HF
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
     for name, facts in manifest.files.items():
         path = folder / HF / name
         size = path.stat().st_size if path.is_file() else None
         if size != facts["size"]:
             raise BadInput(f"{path}: has {size} bytes, the manifest says {facts['size']:,}: glm-jax verify {folder}")
-    return folder / HF
+
+
+def is_leftover(name: str, files: Collection[str]) -> bool:
+    """Whether a file in a folder whose seal names `files` is of a check that was cut off while it recorded digests."""
+    return name not in files and bool(_LEFTOVER.fullmatch(name))
 
 
 def write_small(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -336,11 +350,15 @@ def write_small(folder: Path, files: Mapping[str, bytes]) -> None:
         with blamed_on(path, len(data)):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.unlink(missing_ok=True)
-            with open(temporary, "xb") as file:  # not what a link of this name leads to
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            try:
+                with open(temporary, "xb") as file:  # not what a link of this name leads to
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
     with blamed_on(folder, 0):
         sync_folders({(folder / name).parent for name in files} | {folder})
 

@@ -22,7 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from glm_jax.errors import BadInput, DestinationError, MissingInput, NoSpace, UsageError, show
+from glm_jax.errors import BadInput, DestinationError, IOFailed, MissingInput, NoSpace, UsageError, show
 
 # The format's names. Its 4- and 6-bit types are left out: their elements have no address of their own.
 DTYPES: dict[str, np.dtype] = {
@@ -361,12 +361,16 @@ def _cached_blob(path: Path) -> Path:
 
 
 def read_exactly(fd: int, into: memoryview, offset: int, path: Path, what: str) -> None:
-    done = 0
+    """Fills a buffer from a position of a file. Raises BadInput if the file ends early, IOFailed if the disk does not
+    give it at the third try."""
+    done = tries = 0
     while done < len(into):
         try:
             count = os.preadv(fd, [into[done : done + (1 << 30)]], offset + done)  # one call moves less than 2 GiB
         except OSError as error:
-            raise BadInput(f"{path}: {what}: reading byte {offset + done:,} failed: {error.strerror}") from None
+            if error.errno == errno.EIO and (tries := tries + 1) < 3:
+                continue
+            raise IOFailed(f"{path}: {what}: reading byte {offset + done:,} failed: {error.strerror}") from None
         if count == 0:
             raise BadInput(f"{path}: {what}: the file ends after {done:,} of {len(into):,} bytes")
         done += count
@@ -571,6 +575,8 @@ def blamed_on(path: Path, nbytes: int) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpace(f"{path}: the disk filled up while {nbytes:,} bytes were written: {error.strerror}") from None
+        if error.errno == errno.EIO:
+            raise IOFailed(f"{path}: the disk failed to write it: {error.strerror}") from None
         raise DestinationError(f"{path}: cannot be written: {error.strerror}") from None
 
 

@@ -228,16 +228,17 @@ def _cast(buffer: memoryview, part: Part, start: int, tensors, scales, blocks) -
         x = tensor.read(slice(first, last) if part.shape else None)
         if part.dtype != tensor.dtype:
             if part.name in scales and tensor.dtype == FP8:
-                x = x.astype(np.float32) * _spread(tensors[scales[part.name]].read(), blocks, tensor.shape, first, last)
+                x = x.astype(np.float32) * _spread(tensors[scales[part.name]], blocks, tensor.shape, first, last)
             x = x.astype(DTYPES[part.dtype])
         data = memoryview(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
         buffer[:size] = data[start - first * row :][:size]
         buffer, start = buffer[size:], start + size
 
 
-def _spread(scale: np.ndarray, blocks, shape: tuple[int, ...], first: int, last: int) -> np.ndarray:
+def _spread(scale: Tensor, blocks, shape: tuple[int, ...], first: int, last: int) -> np.ndarray:
     """The scales of rows [first, last)."""
-    scale = scale.astype(np.float32)
     if blocks is None:
-        return scale.reshape(-1, 1)[first:last]
-    return scale[np.arange(first, last) // blocks[0]].repeat(min(blocks[1], shape[1]), 1)[:, : shape[1]]
+        return scale.read(slice(first, last)).astype(np.float32).reshape(-1, 1)
+    start = first // blocks[0]
+    rows = scale.read(slice(start, -(-last // blocks[0]))).astype(np.float32)
+    return rows[np.arange(first, last) // blocks[0] - start].repeat(min(blocks[1], shape[1]), 1)[:, : shape[1]]

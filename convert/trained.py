@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,12 +37,16 @@ class Trained:
         return data[start - first * step : stop - first * step].astype(DTYPES[self.dtype], copy=False)
 
 
-def trained(weights: "Mapping[str, Any] | str | Path", manifest: Manifest) -> tuple[dict[str, Trained], str]:
-    """The tensors of these arrays, by name, and what tells them from others. Raises UsageError for arrays that the
-    manifest does not have or has in another shape, and for those that are stored in FP8."""
+def trained(
+    weights: "Mapping[str, Any] | str | Path", manifest: Manifest, memory: int, workers: int
+) -> tuple[dict[str, Trained], str, int]:
+    """The tensors of these arrays, by name, what tells them from others, and how many workers can read them at once in
+    so many bytes of memory. Raises UsageError for arrays that the manifest does not have or has in another shape, for
+    those that are stored in FP8, and for a checkpoint whose chunks are larger than the memory."""
     mark = secrets.token_hex(16)  # of arrays in memory nothing is known
     if isinstance(weights, str | Path):
-        weights, mark = _opened(Path(weights).expanduser(), [array.path for array in manifest.arrays])
+        paths = [array.path for array in manifest.arrays]
+        weights, mark, workers = _opened(Path(weights).expanduser(), paths, memory, workers)
     known = {array.path: array for array in manifest.arrays}
     found = {}
     for path, values in weights.items():
@@ -55,15 +60,19 @@ def trained(weights: "Mapping[str, Any] | str | Path", manifest: Manifest) -> tu
         if not getattr(values, "is_fully_addressable", True):
             raise UsageError(f"weights: {path} lies on devices of several processes: glm_jax.save writes it from them")
         values = values if hasattr(values, "read") else np.asarray(values)  # TensorStore's stay on the disk
+        dtype = getattr(values.dtype, "numpy_dtype", values.dtype)
+        if dtype not in (DTYPES["BF16"], DTYPES["F16"], DTYPES["F32"], DTYPES["F64"]):
+            raise UsageError(f"weights: {path} is {dtype}, not bfloat16, float16, float32 or float64")
         for at, name in zip(np.ndindex(*array.shape[: array.stacked]), array.tensors, strict=True):
             t = manifest.tensors[name]
             found[name] = Trained(name, t.dtype, t.shape, t.nbytes, values, at)
-    return found, mark
+    return found, mark, workers
 
 
-def _opened(folder: Path, paths: list[str]) -> tuple[dict[str, Any], str]:
+def _opened(folder: Path, paths: list[str], memory: int, workers: int) -> tuple[dict[str, Any], str, int]:
     """The arrays of an Orbax checkpoint that have these paths, below at most one key ("params") and without the last
-    one where that is "value", as Flax's variables have it; and a digest of the checkpoint's index."""
+    one where that is "value", as Flax's variables have it; a digest of the checkpoint's index; and for how many workers
+    `memory` is enough."""
     if not folder.is_dir():
         raise MissingInput(f"{folder}: no such folder")
     inner = [p.parent for p in (folder / "_METADATA", *sorted(folder.glob("*/_METADATA"))) if p.is_file()]
@@ -82,9 +91,9 @@ def _opened(folder: Path, paths: list[str]) -> tuple[dict[str, Any], str]:
     except ImportError:
         raise UsageError("--weights reads Orbax checkpoints with tensorstore: pip install orbax-checkpoint") from None
     wanted, at = set(paths), {}
-    for key in keys:
+    for key in filter(None, keys):
         names = key[:-1] if key[-1] in ("value", "raw_value") else key
-        for first, rest in (("", names), (names[0], names[1:])):
+        for first, rest in (("", names), (names[0] if names else "", names[1:])):
             if ".".join(rest) in wanted:
                 at.setdefault(first, {})[".".join(rest)] = ".".join(key)
     if not at:
@@ -95,10 +104,22 @@ def _opened(folder: Path, paths: list[str]) -> tuple[dict[str, Any], str]:
         told = ", ".join(sorted(map(repr, best)))
         raise BadInput(f"{folder}: has several sets of weights of this model, below {told}: save one of them alone")
     found, driver = {}, "zarr3" if zarr3 else "zarr"
+    # What is read of a chunk is all of it, decoded: it is kept for the slices that come next.
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": memory}})
     for path, key in at["" if "" in best else best[0]].items():
-        store = {"driver": "ocdbt", "base": f"file://{inner[0].resolve()}/", "path": f"{key}/"}
+        base = {"driver": "file", "path": f"{inner[0].resolve()}/"}
+        store = {"driver": "ocdbt", "base": base, "path": f"{key}/"}
+        spec = {"driver": driver, "kvstore": store, "recheck_cached_data": False, "recheck_cached_metadata": False}
         try:
-            found[path] = tensorstore.open({"driver": driver, "kvstore": store}, open=True, read=True).result()
+            found[path] = tensorstore.open(spec, open=True, read=True, context=context).result()
         except (ValueError, OSError) as error:
             raise BadInput(f"{folder}: {key} cannot be opened: {str(error).splitlines()[0][:200]}") from None
-    return found, hashlib.sha256((inner[0] / "manifest.ocdbt").read_bytes()).hexdigest()
+    chunk = lambda store: math.prod(store.chunk_layout.read_chunk.shape) * store.dtype.numpy_dtype.itemsize
+    path, most = max(((path, chunk(store)) for path, store in found.items()), key=lambda item: item[1])
+    if 2 * most > memory:  # as it is stored, and decoded
+        raise UsageError(
+            f"{folder}: {path} is stored in chunks of {most:,} bytes, each of which is read whole: --memory "
+            f"{-(-2 * most >> 20)}MiB, or save it in smaller chunks (Orbax: chunk_byte_size)"
+        )
+    mark = hashlib.sha256((inner[0] / "manifest.ocdbt").read_bytes()).hexdigest()
+    return found, mark, max(1, min(workers, memory // (2 * max(1, most))))

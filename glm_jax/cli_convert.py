@@ -26,7 +26,9 @@ def convert(args: argparse.Namespace) -> int:
     facts |= {"bytes": sum(f["size"] for f in made.files.values()), "dry_run": args.dry_run}
     if args.dry_run and not said.get("already"):
         facts |= {key: said[key] for key in ("writes", "memory", "read_bytes_per_s")}
-    text = f"{'would convert' if args.dry_run else args.target}: {made.mode}, since {made.why}; "
+    done = " is already complete" if said.get("already") else ""
+    facts["already"] = bool(done)
+    text = f"{'would convert' if args.dry_run and not done else args.target}{done}: {made.mode}, since {made.why}; "
     text += f"{len(made.tensors):,} tensors in {len(made.arrays)} arrays, {facts['bytes']:,} bytes"
     if args.dry_run and not said.get("already"):
         text += f"; {said['writes']:,} of them to be written, {said['memory'] / 2**20:.0f} MiB of memory"
@@ -51,12 +53,17 @@ def verify(args: argparse.Namespace) -> int:
         made = verify(args.path, args.structure, args.source, **options, on_event=on_event)
     if made is None:
         facts = {key: said[key] for key in ("tensors", "files", "files_digested")} | {"root": None}
-        text = f"{args.path}: headers, index and config.json agree on {said['tensors']:,} tensors; of "
-        text += f"{said['files']} files {said['files_digested']} have a digest, which they match (convert records one)"
+        text = f"{args.path}: headers, index and config.json agree on {said['tensors']:,} tensors; "
+        text += f"{said['files_digested']} of {said['files']} files are what the Hub's cache calls them"
+        text += "" if said["files_digested"] else " (only there has a file a digest before it is converted)"
         _answer(args, facts, text)
         return 0
-    what = "structure" if args.structure else "structure and every byte"
-    _answer(args, {"tensors": len(made.tensors), "root": made.root}, f"{args.path}: {what} as recorded")
+    wrong = sum(t.nonfinite or 0 for t in made.tensors.values())
+    facts = {"tensors": len(made.tensors), "root": made.root, "recorded": said["recorded"], "not_finite": wrong}
+    text = f"{args.path}: structure{'' if args.structure or said['recorded'] else ' and every byte'} as recorded"
+    if said["recorded"]:
+        text += f"; the digests of {said['recorded']:,} tensors were not known, and are recorded now"
+    _answer(args, facts, text + (f"; {wrong:,} numbers are not finite" if wrong else ""))
     return 0
 
 
@@ -64,10 +71,14 @@ def export(args: argparse.Namespace) -> int:
     """A converted folder back to a Hugging Face one; the same command again resumes."""
     from glm_jax.convert import export
 
-    with _events(args, "exporting") as (on_event, _):
+    with _events(args, "exporting") as (on_event, said):
         options = {"workers": args.workers, "memory": args.memory}
         files = export(args.source, args.target, args.exact, args.weights, **options, on_event=on_event)
-    _answer(args, {"files": [f.name for f in files]}, f"{args.target}: {len(files)} files of weights")
+    facts = {"files": [f.name for f in files], "already": said.get("already", False), "replaced": said["replaced"]}
+    text = f"{args.target}{' is already complete' if facts['already'] else ''}: {len(files)} files of weights"
+    if args.weights:
+        text += f", {facts['replaced']} of {said['arrays']} arrays from {args.weights}"
+    _answer(args, facts, text)
     return 0
 
 

@@ -44,6 +44,15 @@ class NoSpace(GLMError, OSError):
         return str(self.args[0]) if self.args else ""
 
 
+class IOFailed(GLMError, OSError):
+    """The disk, or the network behind it, could not read or write."""
+
+    exit_code = 74
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
 class DestinationError(GLMError, ValueError):
     """The place to write to exists and is not ours to overwrite."""
 

@@ -24,7 +24,7 @@ from glm_jax import load
 from glm_jax.cli import main
 from glm_jax.config import tiny
 from glm_jax.console import size
-from glm_jax.convert import convert, export, gc, native, ocdbt, streaming, table, verify
+from glm_jax.convert import checking, convert, export, gc, native, ocdbt, streaming, table, verify
 from glm_jax.convert.conversion import LOCK, STAGING
 from glm_jax.convert.safetensors import read_folder
 from glm_jax.errors import BadInput, DestinationError, Locked, MissingInput, NoSpace, UsageError
@@ -362,6 +362,17 @@ def test_numbers_that_are_not_finite(tmp_path, value):
     }
 
 
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_scales_that_are_multiplied_in_are_looked_at_too(tmp_path, value):
+    x = quantised(random_tensors(CONFIG))
+    x["model.layers.1.self_attn.q_proj.weight_scale"][3] = value
+    folder = source(tmp_path / "hf", x)
+    with pytest.raises(BadInput, match=r"q_proj.weight \(\d+ zero scales or not finite\): --nonfinite record"):
+        convert(folder, tmp_path / "to", dtype="bf16")
+    made = convert(folder, tmp_path / "to", dtype="bf16", nonfinite="record")
+    assert made.tensors["model.layers.1.self_attn.q_proj.weight"].nonfinite == (1 if value == 0 else 33)
+
+
 def test_scales_that_are_zero_or_nan(tmp_path):
     for value in (0, np.nan):
         x = quantised(random_tensors(CONFIG))
@@ -628,6 +639,219 @@ def test_a_source_is_compared(tmp_path):
         verify(tmp_path / "to", source=folder)
 
 
+def test_a_repacked_folder_is_compared_with_its_source(tmp_path):
+    folder = source(tmp_path / "hf")
+    convert(folder, tmp_path / "to", dtype="bf16")
+    assert verify(tmp_path / "to", source=folder).root
+    tensor = read_folder(folder)["model.layers.2.mlp.experts.5.up_proj.weight"]
+    flip(tensor.file, 8 * (tensor.offset + 3) + 2)
+    with pytest.raises(BadInput, match="experts.5.up_proj.weight differs from"):
+        verify(tmp_path / "to", source=folder)
+
+
+# ---- digests that are recorded later
+
+
+def undigested(tmp_path) -> Path:
+    convert(source(tmp_path / "hf"), tmp_path / "to")
+    return tmp_path / "to"
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("at", range(12))
+def test_a_check_that_is_killed_while_it_records_harms_nothing(tmp_path, monkeypatch, at):
+    folder, calls = undigested(tmp_path), []
+
+    def dying(real):
+        def call(*args, **kwargs):
+            if str(args[0]).endswith(LOCK):  # goes with a process that is really killed
+                return real(*args, **kwargs)
+            calls.append(real)
+            if len(calls) > at:
+                raise Killed
+            return real(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "unlink", "fsync"):
+            patch.setattr(os, name, dying(getattr(os, name)))
+        try:
+            verify(folder)
+        except Killed:
+            pass
+        else:
+            assert at >= 9  # later than all it does
+    root = verify(folder).root
+    assert root and verify(folder).root == root
+    assert export(folder, tmp_path / "back", exact=True) and tree_of(tmp_path / "back") == tree_of(tmp_path / "hf")
+
+
+def test_two_checks_at_once_do_not_undo_each_other(tmp_path, monkeypatch):
+    folder, real = undigested(tmp_path), checking._record
+    events = []
+
+    def another_is_faster(*args):
+        monkeypatch.setattr(checking, "_record", real)
+        verify(folder)
+        real(*args)
+
+    monkeypatch.setattr(checking, "_record", another_is_faster)
+    assert verify(folder, on_event=events.append).root == verify(folder).root
+    assert events[-1]["recorded"] == 141
+
+    def another_saw_other_bytes(folder, manifest, new):
+        monkeypatch.setattr(checking, "_record", real)
+        verify(folder)
+        real(folder, manifest, {name: ("0" * 64, 0) for name in new})
+
+    again = tmp_path / "again"
+    again.mkdir()
+    monkeypatch.setattr(checking, "_record", another_saw_other_bytes)
+    folder = undigested(again)
+    with pytest.raises(BadInput, match="is not what another check has just recorded"):
+        verify(folder)
+    assert verify(folder).root
+
+
+def test_a_reader_beside_a_check_that_records(tmp_path, monkeypatch):
+    folder, small = undigested(tmp_path), native.read_small
+
+    def late(path, *args):
+        if path.name.startswith("glm_manifest-"):
+            monkeypatch.setattr(native, "read_small", small)
+            verify(folder)
+        return small(path, *args)
+
+    monkeypatch.setattr(native, "read_small", late)
+    assert native.read(folder)[0].root
+
+
+def test_digests_that_cannot_be_recorded_are_not_looked_for(tmp_path, monkeypatch, capsys):
+    folder = undigested(tmp_path)
+    monkeypatch.setattr(checking.os, "access", lambda *_: False)
+    with pytest.raises(DestinationError, match="cannot be recorded since it cannot be written: --structure"):
+        verify(folder)
+    assert verify(folder, structure=True).root is None
+    monkeypatch.undo()
+    assert main(["verify", str(folder)]) == 0
+    assert "digests of 141 tensors were not known, and are recorded now" in capsys.readouterr().out
+
+
+def test_digests_of_a_linked_folder_that_changed_meanwhile(tmp_path, monkeypatch):
+    folder = source(tmp_path / "hf")
+    monkeypatch.setattr("glm_jax.convert.conversion.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        convert(folder, tmp_path / "to", digest=True)
+    monkeypatch.undo()
+    flip(folder / "mtp.safetensors", 8 * 100_000)
+    convert(folder, tmp_path / "to", digest=True)
+    assert verify(tmp_path / "to").root
+
+
+# ---- what is in the way
+
+
+@pytest.mark.parametrize(
+    "again, said",
+    [
+        (dict(mode="index"), "mode was copy, is index"),
+        (dict(mode="copy", mtp="drop"), "mtp was keep, is drop"),
+        (dict(dtype="bf16"), "dtype was None, is BF16"),
+        ("another source", "files: "),
+        ("an export", "export was None"),
+    ],
+)
+def test_what_another_plan_has_begun_is_kept(tmp_path, monkeypatch, again, said):
+    folder, other = source(tmp_path / "hf"), source(tmp_path / "other", quantised(random_tensors(CONFIG)))
+    convert(other, tmp_path / "made", "copy")
+    monkeypatch.setattr("glm_jax.convert.conversion.finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        convert(folder, tmp_path / "to", "copy")
+    monkeypatch.undo()
+    before = tree_of(tmp_path / ("to" + STAGING))
+    with pytest.raises(DestinationError, match=f"was begun by another plan .*{said}"):
+        if again == "another source":
+            convert(other, tmp_path / "to", "copy")
+        elif again == "an export":
+            export(tmp_path / "made", tmp_path / "to")
+        else:
+            convert(folder, tmp_path / "to", **again)
+    with pytest.raises(DestinationError, match="was begun by another plan"):
+        convert(other, tmp_path / "to", "copy", dry_run=True)
+    assert tree_of(tmp_path / ("to" + STAGING)) == before
+    assert gc(tmp_path / "to") == [tmp_path / ("to" + STAGING)]
+
+
+def test_folders_in_each_other_and_other_peoples(tmp_path):
+    folder = source(tmp_path / "hf")
+    convert(folder, tmp_path / "to")
+    for make in (
+        lambda: convert(folder, folder / "out"),
+        lambda: convert(tmp_path / "to", tmp_path / "to/out"),
+        lambda: convert(folder, tmp_path),
+        lambda: export(tmp_path / "to", tmp_path / "to/state/hf/out"),
+    ):
+        with pytest.raises(DestinationError, match="lie in each other; give a folder apart from it"):
+            make()
+    (tmp_path / ("new" + STAGING)).mkdir()
+    (tmp_path / ("new" + STAGING) / "thesis.txt").write_text("mine")
+    with pytest.raises(DestinationError, match="holds 'thesis.txt', which is not ours: move it away"):
+        convert(folder, tmp_path / "new")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DestinationError, match="is a symbolic link"):
+        convert(folder, tmp_path / "link")
+    with pytest.raises(MissingInput, match="no such folder, and nothing was begun beside it"):
+        gc(tmp_path / "nowhere")
+    assert not (folder / "out").exists() and (tmp_path / ("new" + STAGING) / "thesis.txt").read_text() == "mine"
+
+
+def test_what_is_done_is_said_to_be(tmp_path, capsys):
+    folder = source(tmp_path / "hf")
+    tell = lambda *argv: (main([str(a) for a in argv]), capsys.readouterr().out)
+    tell("convert", folder, tmp_path / "to", "--mode", "copy")
+    code, out = tell("convert", folder, tmp_path / "to")  # by any mode
+    assert code == 0 and "to is already complete: copy" in out
+    assert json.loads(tell("convert", folder, tmp_path / "to", "--json")[1])["already"]
+    assert tell("convert", folder, tmp_path / "to", "--mode", "index")[0] == 73
+    tell("export", tmp_path / "to", tmp_path / "back", "--exact")
+    assert "back is already complete" in tell("export", tmp_path / "to", tmp_path / "back", "--exact")[1]
+    for verb in (
+        ("verify", tmp_path / "to"),
+        ("export", tmp_path / "to", tmp_path / "x"),
+        ("convert", folder, tmp_path / "x"),
+    ):
+        assert tell(*verb, "--workers", "0")[0] == 2
+    (tmp_path / "to/state/hf/mtp.safetensors").unlink()
+    assert tell("convert", folder, tmp_path / "to")[0] == 65
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def no_locks(fd, how):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(DestinationError, match="cannot be locked on this file system: Operation not supported"):
+        convert(source(tmp_path / "hf"), tmp_path / "to")
+
+
+def test_another_was_faster(tmp_path, monkeypatch):
+    from glm_jax.convert import conversion
+
+    folder, real, events = source(tmp_path / "hf"), conversion.make_parent, []
+
+    def late(target):
+        monkeypatch.setattr(conversion, "make_parent", real)
+        convert(folder, target, "copy")
+
+    monkeypatch.setattr(conversion, "make_parent", late)
+    convert(folder, tmp_path / "to", "copy", on_event=events.append)
+    assert events[-1]["already"] and verify(tmp_path / "to").root
+
+
 # ---- the commands
 
 
@@ -713,7 +937,7 @@ def test_a_folder_of_the_hubs_cache(tmp_path, monkeypatch, capsys):
     export(tmp_path / "to", tmp_path / "back", exact=True)
     assert tree_of(tmp_path / "back") == tree_of(folder)
     assert main(["verify", str(snapshot), "--structure"]) == 0
-    assert "agree on" in (out := capsys.readouterr().out) and "of 4 files 0 have a digest" in out
+    assert "agree on" in (out := capsys.readouterr().out) and "0 of 4 files are what the Hub's cache calls them" in out
     flip((snapshot / "mtp.safetensors").resolve(), 8 * 100_000)
     with pytest.raises(BadInput, match="mtp.safetensors is not what the Hub has under its name"):
         verify(snapshot)

@@ -582,7 +582,7 @@ STAGED = {
     ),
     "target: a file": (lambda s: beside(s, "").touch(), DestinationError, "was not made by convert"),
     "target: a pipe": (lambda s: os.mkfifo(beside(s, "")), DestinationError, "was not made by convert"),
-    "target: a link": (lambda s: to_outside("hf/new")(beside(s, "")), DestinationError, "was not made by convert"),
+    "target: a link": (lambda s: to_outside("hf/new")(beside(s, "")), DestinationError, "is a symbolic link"),
 }
 
 

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from glm_jax.convert.safetensors import DTYPES, INDEX, read_folder, read_header, write, write_folder
-from glm_jax.errors import BadInput, DestinationError, GLMError, MissingInput, NoSpace, UsageError
+from glm_jax.errors import BadInput, DestinationError, GLMError, IOFailed, MissingInput, NoSpace, UsageError
 
 bf16 = ml_dtypes.bfloat16
 
@@ -219,12 +219,19 @@ def test_reads_in_small_pieces_and_stops_at_a_short_file(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match=r"x\.safetensors: tensor 'a': the file ends after 360 of 400 bytes"):
         tensor.read()
 
+    tries = []
+
     def broken(fd, into, at):
+        tries.append(at)
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "preadv", broken)
-    with pytest.raises(BadInput, match=r"x\.safetensors: tensor 'a': reading byte \d+ failed: Input/output error"):
+    with pytest.raises(IOFailed, match=r"x\.safetensors: tensor 'a': reading byte \d+ failed: Input/output error"):
         tensor.read()
+    assert len(tries) == 3 and IOFailed.exit_code == 74
+    fails = iter([True, True])
+    monkeypatch.setattr(os, "preadv", lambda *a: broken(*a) if next(fails, False) else preadv(*a))
+    assert bits(tensor.read()) == bits(array)
 
 
 def test_a_file_that_changed_after_its_header_was_read(tmp_path):

@@ -10,7 +10,7 @@ from folders import SMALL, random_tensors, write_model
 from glm_jax import load
 from glm_jax.cli import main
 from glm_jax.config import tiny
-from glm_jax.convert import convert, export, table
+from glm_jax.convert import convert, export, table, trained
 from glm_jax.convert.conversion import STAGING
 from glm_jax.convert.safetensors import read_folder
 from glm_jax.errors import BadInput, DestinationError, UsageError
@@ -128,8 +128,54 @@ def test_not_exact_and_not_over_another(converted, tmp_path):
     with pytest.raises(UsageError, match="--exact and --weights exclude each other"):
         export(converted, tmp_path / "out", exact=True, weights=another(converted, "norm"))
     export(converted, tmp_path / "out")
-    with pytest.raises(DestinationError, match="is there already and not empty"):
-        export(converted, tmp_path / "out", weights=another(converted, "norm"))
+    before, changed = (tmp_path / "out/model.safetensors").read_bytes(), another(converted, "norm")
+    with pytest.raises(DestinationError, match="is there already, with another model.norm.weight; give another folder"):
+        export(converted, tmp_path / "out", weights=changed)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == before
+    export(converted, tmp_path / "tuned", weights=changed)
+    events = []
+    export(converted, tmp_path / "tuned", weights=changed, on_event=events.append)
+    assert events[-1]["already"]
+    with pytest.raises(DestinationError, match="with another model.norm.weight"):
+        export(converted, tmp_path / "tuned")
+    (tmp_path / "out/config.json").unlink()
+    with pytest.raises(DestinationError, match="with another config.json"):
+        export(converted, tmp_path / "out")
+
+
+def test_a_chunk_is_read_once_and_must_fit(converted, tmp_path, monkeypatch, capsys):
+    from orbax.checkpoint import v1 as ocp
+
+    changed = another(converted, "embed", "moe.mlp.gate_up")
+    ocp.save(tmp_path / "ckpt", nested({p: jnp.asarray(a) for p, a in changed.items()}))
+    monkeypatch.setattr("glm_jax.convert.streaming._MADE", 96)
+    opened, reads = trained._opened, []
+
+    def counted(*args):
+        found, *rest = opened(*args)
+        for store in found.values():
+            reads.append(store.spec().to_json())
+        return found, *rest
+
+    monkeypatch.setattr(trained, "_opened", counted)
+    export(converted, tmp_path / "out", weights=tmp_path / "ckpt")
+    assert len(reads) == 2
+    with pytest.raises(
+        UsageError, match=r"moe.mlp.gate_up is stored in chunks of 131,072 bytes.*--memory 1MiB, or save"
+    ):
+        opened(tmp_path / "ckpt", ["embed", "moe.mlp.gate_up"], 200_000, 3)
+    assert opened(tmp_path / "ckpt", ["embed", "moe.mlp.gate_up"], 600_000, 3)[2] == 2  # workers
+
+
+def test_arrays_that_are_no_weights(converted, tmp_path, capsys):
+    from orbax.checkpoint import v1 as ocp
+
+    with pytest.raises(UsageError, match="norm is int32, not bfloat16"):
+        export(converted, tmp_path / "out", weights={"norm": np.ones(32, np.int32)})
+    at = tmp_path / "per%20cent #1"
+    ocp.save(at, {"value": np.zeros(3), "norm": another(converted, "norm")["norm"]})
+    assert main(["export", str(converted), str(tmp_path / "out"), "--weights", str(at)]) == 0
+    assert f"1 of 54 arrays from {at}" in capsys.readouterr().out
 
 
 def test_checkpoints_that_are_none(converted, tmp_path, capsys):
