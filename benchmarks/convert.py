@@ -343,26 +343,29 @@ def load(at: Path, args) -> dict:
 
 
 def kills(at: Path, args) -> dict:
+    """Copies, repackings, linked folders with digests, checks that record them, and exports, in turn."""
     import test_convert as t
 
     from glm_jax.convert import convert
 
-    folder, target = t.source(at / "hf"), at / "to"
-    convert(folder, at / "want", "copy")
-    want, same, died, rng = t.tree_of(at / "want"), 0, 0, random.Random(0)
-    run = lambda n: subprocess.run(
-        [sys.executable, "-c", t.KILL, str(ROOT), str(folder), str(target), str(n)], capture_output=True, text=True
-    )
-    total = int(run(10**6).stdout)
-    for _ in range(args.count or 200):
-        shutil.rmtree(target, ignore_errors=True)
-        while run(rng.randint(1, total)).returncode == -signal.SIGKILL:  # and the next try may be killed too
+    folder, target, rng = t.source(at / "hf"), at / "to", random.Random(0)
+    convert(folder, at / "hf-native", "copy")
+    want, calls, same, died = {}, {}, dict.fromkeys(t.KILLED, 0), 0
+    for what in t.KILLED:
+        calls[what] = int(t.killed_at(10**6, folder, target, what).stdout)
+        want[what] = t.tree_of(target)
+        shutil.rmtree(target)
+    count = args.count or 200
+    for i in range(count):
+        what = list(t.KILLED)[i % len(t.KILLED)]
+        while t.killed_at(rng.randint(1, calls[what]), folder, target, what).returncode == -signal.SIGKILL:
             died += 1
-            if rng.random() < 0.7:
+            if rng.random() < 0.7:  # and the next try may be killed too
                 break
-        convert(folder, target, "copy")
-        same += t.tree_of(target) == want
-    return {"conversions": args.count or 200, "kills": died, "identical": same}
+        t.killed_at(10**6, folder, target, what)
+        same[what] += t.without_leftovers(t.tree_of(target)) == want[what]
+        shutil.rmtree(target)
+    return {"runs": count, "kills": died, "identical": sum(same.values()), "of_each": same}
 
 
 def flips(at: Path, args) -> dict:

@@ -546,7 +546,7 @@ def test_a_target_that_cannot_be_written(tmp_path, monkeypatch):
 KILL = """
 import os, sys, signal, threading, time
 sys.path.insert(0, sys.argv[1])
-from glm_jax.convert import convert, streaming
+from glm_jax.convert import convert, export, streaming, verify
 streaming.PIECE, streaming.SYNCED = 1 << 14, 1 << 15
 streaming_read = streaming.read_exactly
 calls = [int(sys.argv[4])]
@@ -559,9 +559,28 @@ def counted(function):
     return run
 for name in ("pwrite", "write", "replace", "rename", "fsync", "fdatasync", "unlink", "rmdir", "open"):
     setattr(os, name, counted(getattr(os, name)))
-convert(sys.argv[2], sys.argv[3], "copy")
+exec(sys.argv[5], {"source": sys.argv[2], "target": sys.argv[3]} | globals())
 print(int(sys.argv[4]) - calls[0])
 """
+KILLED = {
+    "copy": "convert(source, target, 'copy')",
+    "repack": "convert(source, target, dtype='bf16')",
+    "digest": "convert(source, target, 'index', digest=True)",
+    "check": "convert(source, target, 'index'); verify(target)",
+    "export": "export(source + '-native', target)",
+}
+
+
+def killed_at(calls: int, folder: Path, target: Path, what: str) -> subprocess.CompletedProcess:
+    """One of these, in a process that dies before so many calls that change the disk."""
+    argv = [sys.executable, "-c", KILL, str(ROOT), str(folder), str(target), str(calls), KILLED[what]]
+    return subprocess.run(argv, capture_output=True, text=True)
+
+
+def without_leftovers(tree: dict[str, bytes]) -> dict[str, bytes]:
+    """A manifest that the seal does not name is of a check that was cut off, and means nothing."""
+    seal = tree.get(native.SEAL, b"").decode()
+    return {n: data for n, data in tree.items() if not (n.startswith("glm_manifest-") and n not in seal)}
 
 
 @pytest.mark.slow
@@ -571,15 +590,10 @@ def test_killed_anywhere_the_same_command_goes_on(tmp_path):
     folder, target = source(tmp_path / "hf"), tmp_path / "to"
     convert(folder, tmp_path / "want", "copy")
     want, ends = tree_of(tmp_path / "want"), set()
-
-    def run(calls: int):
-        argv = [sys.executable, "-c", KILL, str(ROOT), str(folder), str(target), str(calls)]
-        return subprocess.run(argv, capture_output=True, text=True)
-
-    total = int(run(10**6).stdout)
+    total = int(killed_at(10**6, folder, target, "copy").stdout)
     for calls in [*range(2, total - 15, total // 8), *range(total - 15, total + 1)]:
         shutil.rmtree(target, ignore_errors=True)
-        died = run(calls)
+        died = killed_at(calls, folder, target, "copy")
         assert died.returncode == -signal.SIGKILL, died.stderr
         staged = tmp_path / ("to" + STAGING)
         ends.add("whole" if target.exists() else "sealed" if (staged / native.SEAL).exists() else "begun")
@@ -587,6 +601,22 @@ def test_killed_anywhere_the_same_command_goes_on(tmp_path):
         assert tree_of(target) == want, calls
         assert {"hf", "to", "want"} <= set(os.listdir(tmp_path)) <= {"hf", "to", "want", "to" + LOCK}
     assert ends == {"begun", "sealed", "whole"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", [what for what in KILLED if what != "copy"])
+def test_the_others_are_killed_too(tmp_path, what):
+    folder, target = source(tmp_path / "hf"), tmp_path / "to"
+    convert(folder, tmp_path / "hf-native", "copy")
+    total = int(killed_at(10**6, folder, target, what).stdout)
+    want = tree_of(target)
+    for calls in (total // 5, total // 2, total - 7, total - 4, total - 2, total - 1, total):
+        shutil.rmtree(target)
+        died = killed_at(calls, folder, target, what)
+        assert died.returncode == -signal.SIGKILL, died.stderr
+        again = killed_at(10**6, folder, target, what)
+        assert again.returncode == 0, (calls, again.stderr)
+        assert without_leftovers(tree_of(target)) == want, calls
 
 
 def flip(path: Path, bit: int) -> None:
