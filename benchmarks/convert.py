@@ -128,7 +128,18 @@ def fill(folder: Path, gb: float, fp8: bool = False) -> int:
 
 def copy(at: Path, args) -> dict:
     nbytes = fill(at / "hf", args.gb)
-    return {"bytes": nbytes} | against_cp(at, args, nbytes, at / "hf", "--mode", "copy")
+    found = {"bytes": nbytes} | against_cp(at, args, nbytes, at / "hf", "--mode", "copy")
+    run, checks = glm_jax("convert", at / "hf", at / "to", "--mode", "copy"), []
+    assert run["code"] == 0, run
+    for _ in range(args.rounds):
+        read = read_all(at / "to/state/hf", False)
+        drop_caches(at / "to")
+        run = glm_jax("verify", at / "to")
+        assert run["code"] == 0, run
+        checks.append((read / run["wall_s"], nbytes / 1e6 / run["wall_s"]))
+    ratios, rates = (sorted(column) for column in zip(*checks, strict=True))
+    verified = {"mb_s": [round(rate) for rate in rates], "of_cold_read": round(statistics.median(ratios), 2)}
+    return found | {"verify": verified | {"range": [round(ratios[0], 2), round(ratios[-1], 2)]}}
 
 
 def repack(at: Path, args) -> dict:

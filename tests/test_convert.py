@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -139,6 +140,24 @@ def test_orbax_restores_a_part(tmp_path):
     with context:
         part = ocp.load(tmp_path / "to", {"norm": jax.ShapeDtypeStruct((32,), np.float32, sharding=sharding)})
     np.testing.assert_array_equal(part["norm"], x["model.norm.weight"])
+
+
+def test_what_cannot_be_linked_is_copied_and_never_so_in_silence(tmp_path, monkeypatch):
+    """Another file system, by fault injection, and a real one where /dev/shm is that."""
+    folder, shm = source(tmp_path / "hf"), Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shm if os.access(shm, os.W_OK) else tmp_path) as other:
+        if os.stat(other).st_dev == os.stat(tmp_path).st_dev:
+
+            def refused(*_):
+                raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+            monkeypatch.setattr(os, "link", refused)
+        with pytest.raises(DestinationError, match="--mode index: .*: --mode copy, or a target beside the source"):
+            convert(folder, Path(other) / "to", "index")
+        assert os.listdir(other) == []
+        made = convert(folder, Path(other) / "to")
+        assert made.mode == "copy" and ("another file system" in made.why or "cannot be linked" in made.why)
+        assert verify(Path(other) / "to", source=folder).root == made.root
 
 
 def test_modes_have_one_root(tmp_path):
