@@ -89,7 +89,7 @@ def convert(
             check_space(target.parent, writes, staged)
     facts = {"mode": chosen, "why": why, "tensors": len(manifest.tensors), "bytes": made.nbytes, "writes": writes}
     if dry_run:
-        facts["memory"] = _base(len(made.tensors)) + workers * HELD * bool(writes or digest)
+        facts["memory"] = base_bytes(len(made.tensors)) + workers * HELD * bool(writes or digest)
         facts["read_bytes_per_s"] = _speed(made) if writes or digest else None
     on_event({"event": "plan"} | facts)
     done = processes.exchange(already is not None)[0]
@@ -105,27 +105,34 @@ def convert(
         if done:
             on_event({"event": "done", "already": True, "root": already.root})
         return already
-    stamps = {t.file.name: list(t.stamp) for t in made.tensors.values()} if chosen != "index" or digest else {}
+    if not _make(made, manifest, target, digest, workers, nonfinite, on_event):
+        manifest, done = native.read(target)[0], True
+    on_event({"event": "done", "already": done, "root": manifest.root})
+    return manifest
+
+
+def _make(made: Plan, manifest: Manifest, target: Path, digest: bool, workers, nonfinite, on_event: Event) -> bool:
+    """Does what was planned; whether there was anything left to do."""
+    mode, first, staged = manifest.mode, processes.index() == 0, target.with_name(target.name + STAGING)
+    sources = {t.file.name: (t.file, t.stamp) for t in made.tensors.values()}
+    stamps = {name: list(stamp) for name, (_, stamp) in sources.items()} if mode != "index" or digest else {}
     with contextlib.ExitStack() as held:
         folder = None
         with processes.agreed():
             if first:
                 make_parent(target)
                 held.enter_context(locked(target))
-                if _finished(target, manifest.facts, chosen) is None:  # or another process has just done it
+                if _finished(target, manifest.facts, mode) is None:  # or another process has just done it
                     folder = held.enter_context(staging(target, manifest.facts, stamps))
                 if folder:
                     write_small(folder, {f"{HF}/{n}": _beside(made, n) for n in made.beside})
         if processes.exchange(folder is None)[0]:  # or an earlier call was done, but for the name
-            already = native.read(target)[0]
-            on_event({"event": "done", "already": True, "root": already.root})
-            return already
-        sources = {t.file.name: (t.file, t.stamp) for t in made.tensors.values()}
+            return False
         jobs = []
         with processes.agreed():
             for output in made.outputs:
                 at, (path, stamp) = staged / HF / output.name, sources[output.name]
-                if chosen == "index":
+                if mode == "index":
                     if first:
                         _link(path, at, stamp)
                     if digest:
@@ -140,15 +147,14 @@ def convert(
         with processes.agreed():
             if first:
                 finish(staged, target, manifest)
-    on_event({"event": "done", "already": False, "root": manifest.root})
-    return manifest
+    return True
 
 
 def fitting(workers: int, memory: int, tensors: int) -> int:
     """How many of so many workers fit into memory, with what so many tensors take."""
     if workers < 1:
         raise UsageError(f"--workers {workers}: at least 1")
-    base = _base(tensors)
+    base = base_bytes(tensors)
     if memory < base + HELD:
         raise UsageError(
             f"--memory {memory:,}: {base:,} bytes for the plan of {tensors:,} tensors and {HELD:,} for a worker are "
@@ -157,7 +163,7 @@ def fitting(workers: int, memory: int, tensors: int) -> int:
     return min(workers, (memory - base) // HELD)
 
 
-def _base(tensors: int) -> int:
+def base_bytes(tensors: int) -> int:
     """Bytes of a process before it holds any weights, as measured on folders of 24 and of 44,689 tensors."""
     return (40 << 20) + 1400 * tensors
 

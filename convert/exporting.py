@@ -12,12 +12,14 @@ from typing import Any
 from glm_jax import processes
 from glm_jax.convert import native
 from glm_jax.convert.conversion import (
+    HELD,
     MEMORY,
     STAGING,
     WORKERS,
     Event,
     Journal,
     apart,
+    base_bytes,
     check_space,
     fitting,
     gc,
@@ -89,7 +91,8 @@ def export(
         stamps: dict[str, Any] = {t.file.name: list(t.stamp) for t in held.values()}
         changed: dict[str, Trained] = {}
         if weights is not None:
-            changed, stamps["weights"], workers = trained(weights, manifest, memory, workers)
+            spent = base_bytes(len(manifest.tensors)) + HELD
+            changed, stamps["weights"], workers = trained(weights, manifest, memory, spent, workers)
             tensors |= changed
         beside = {name: read_small(folder / HF / name) for name in manifest.facts["beside"]}
         for name, data in beside.items():

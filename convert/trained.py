@@ -24,7 +24,7 @@ class Trained:
     dtype: str  # the one it is stored in
     shape: tuple[int, ...]
     nbytes: int
-    array: Any  # NumPy's, jax's or TensorStore's
+    array: Any  # NumPy's or TensorStore's
     at: tuple[int, ...]
 
     def read(self, rows: slice | None = None) -> np.ndarray:
@@ -38,15 +38,15 @@ class Trained:
 
 
 def trained(
-    weights: "Mapping[str, Any] | str | Path", manifest: Manifest, memory: int, workers: int
+    weights: "Mapping[str, Any] | str | Path", manifest: Manifest, memory: int, spent: int, workers: int
 ) -> tuple[dict[str, Trained], str, int]:
     """The tensors of these arrays, by name, what tells them from others, and how many workers can read them at once in
-    so many bytes of memory. Raises UsageError for arrays that the manifest does not have or has in another shape, for
-    those that are stored in FP8, and for a checkpoint whose chunks are larger than the memory."""
+    `memory` bytes, of which `spent` are. Raises UsageError for arrays that the manifest does not have or has in another
+    shape, for those that are stored in FP8, and for a checkpoint whose chunks are larger than the memory."""
     mark = secrets.token_hex(16)  # of arrays in memory nothing is known
     if isinstance(weights, str | Path):
         paths = [array.path for array in manifest.arrays]
-        weights, mark, workers = _opened(Path(weights).expanduser(), paths, memory, workers)
+        weights, mark, workers = _opened(Path(weights).expanduser(), paths, memory, spent, workers)
     known = {array.path: array for array in manifest.arrays}
     found = {}
     for path, values in weights.items():
@@ -69,7 +69,7 @@ def trained(
     return found, mark, workers
 
 
-def _opened(folder: Path, paths: list[str], memory: int, workers: int) -> tuple[dict[str, Any], str, int]:
+def _opened(folder: Path, paths: list[str], memory: int, spent: int, workers: int) -> tuple[dict[str, Any], str, int]:
     """The arrays of an Orbax checkpoint that have these paths, below at most one key ("params") and without the last
     one where that is "value", as Flax's variables have it; a digest of the checkpoint's index; and for how many workers
     `memory` is enough."""
@@ -105,7 +105,8 @@ def _opened(folder: Path, paths: list[str], memory: int, workers: int) -> tuple[
         raise BadInput(f"{folder}: has several sets of weights of this model, below {told}: save one of them alone")
     found, driver = {}, "zarr3" if zarr3 else "zarr"
     # What is read of a chunk is all of it, decoded: it is kept for the slices that come next.
-    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": memory}})
+    room = max(0, memory - spent)
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": room // 2}})
     for path, key in at["" if "" in best else best[0]].items():
         base = {"driver": "file", "path": f"{inner[0].resolve()}/"}
         store = {"driver": "ocdbt", "base": base, "path": f"{key}/"}
@@ -116,10 +117,10 @@ def _opened(folder: Path, paths: list[str], memory: int, workers: int) -> tuple[
             raise BadInput(f"{folder}: {key} cannot be opened: {str(error).splitlines()[0][:200]}") from None
     chunk = lambda store: math.prod(store.chunk_layout.read_chunk.shape) * store.dtype.numpy_dtype.itemsize
     path, most = max(((path, chunk(store)) for path, store in found.items()), key=lambda item: item[1])
-    if 2 * most > memory:  # as it is stored, and decoded
+    if 2 * most > room:  # as it is stored, and decoded
         raise UsageError(
             f"{folder}: {path} is stored in chunks of {most:,} bytes, each of which is read whole: --memory "
-            f"{-(-2 * most >> 20)}MiB, or save it in smaller chunks (Orbax: chunk_byte_size)"
+            f"{(spent + 2 * most >> 20) + 1}MiB, or save it in smaller chunks (Orbax: chunk_byte_size)"
         )
     mark = hashlib.sha256((inner[0] / "manifest.ocdbt").read_bytes()).hexdigest()
-    return found, mark, max(1, min(workers, memory // (2 * max(1, most))))
+    return found, mark, max(1, min(workers, room // (2 * most + 1)))

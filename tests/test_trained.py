@@ -163,8 +163,8 @@ def test_a_chunk_is_read_once_and_must_fit(converted, tmp_path, monkeypatch, cap
     with pytest.raises(
         UsageError, match=r"moe.mlp.gate_up is stored in chunks of 131,072 bytes.*--memory 1MiB, or save"
     ):
-        opened(tmp_path / "ckpt", ["embed", "moe.mlp.gate_up"], 200_000, 3)
-    assert opened(tmp_path / "ckpt", ["embed", "moe.mlp.gate_up"], 600_000, 3)[2] == 2  # workers
+        opened(tmp_path / "ckpt", ["embed", "moe.mlp.gate_up"], 200_000, 0, 3)
+    assert opened(tmp_path / "ckpt", ["embed", "moe.mlp.gate_up"], 700_000, 100_000, 3)[2] == 2  # workers
 
 
 def test_arrays_that_are_no_weights(converted, tmp_path, capsys):
