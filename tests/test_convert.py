@@ -1023,7 +1023,8 @@ def test_a_header_longer_than_a_piece_is_written_too(tmp_path, monkeypatch):
 def test_ctrl_c_leaves_what_the_same_command_goes_on_with(tmp_path):
     x = random_tensors(tiny(**SMALL | dict(vocab_size=400_000)))
     folder = write_model(tmp_path / "hf", tiny(**SMALL | dict(vocab_size=400_000)), x)
-    code = "import sys; from glm_jax.convert import streaming; streaming.PIECE = 4096; "
+    code = "import sys, time; from glm_jax.convert import streaming; streaming.PIECE = 4096; "
+    code += "read = streaming.read_exactly; streaming.read_exactly = lambda *a: (time.sleep(0.002), read(*a))[1]; "
     code += "from glm_jax.cli import main; sys.exit(main())"
     argv = [sys.executable, "-c", code, "convert", str(folder), str(tmp_path / "to"), "--mode", "copy"]
     child = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
