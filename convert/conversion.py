@@ -164,7 +164,8 @@ def fitting(workers: int, memory: int, tensors: int) -> int:
 
 
 def base_bytes(tensors: int) -> int:
-    """Bytes of a process before it holds any weights, as measured on folders of 24 and of 44,689 tensors."""
+    """Bytes of a process before it holds any weights: a little more than was measured, 92 MiB with 44,689 tensors and
+    150 MiB with 88,542."""
     return (40 << 20) + 1400 * tensors
 
 

@@ -18,6 +18,7 @@ from glm_jax.convert.conversion import (
     WORKERS,
     Event,
     Journal,
+    Watch,
     apart,
     base_bytes,
     check_space,
@@ -64,8 +65,8 @@ def export(
     again goes on where an earlier one ended. Returns the files of weights.
 
     `weights` are what was trained: arrays by their path ("moe.mlp.gate_up" [L, E, 2, F, D]), or the Orbax checkpoint
-    that holds them, which is read in slices, so that no array has to fit into memory. They take the place of the
-    source's, in the dtype that these have. What is not among them stays as it was.
+    that holds them, of which a chunk at a time has to fit into `memory`. They take the place of the source's, in the
+    dtype that these have. What is not among them stays as it was.
 
     Raises UsageError for `exact` where the bytes are not the source's, and for weights that the source does not have;
     BadInput for a tensor that was changed, or a trained one that is not finite; DestinationError, NoSpace and Locked as
@@ -123,7 +124,7 @@ def export(
     told = {"files": len(outputs), "replaced": len(replaced), "arrays": len(manifest.arrays)}
     known = {name: None if name in changed else t.sha256 for name, t in manifest.tensors.items()}
     with processes.agreed():
-        done = processes.index() == 0 and _is_there(target, outputs, contents, beside, known, workers)
+        done = processes.index() == 0 and _is_there(target, outputs, contents, beside, known, workers, on_event)
     if processes.exchange(done)[0]:
         on_event({"event": "done", "already": True} | told)
         return [target / output.name for output in outputs]
@@ -184,7 +185,7 @@ def _numbers(tensor: Tensor) -> int:
     return count
 
 
-def _is_there(target: Path, outputs: list[Output], contents, beside, known, workers: int) -> bool:
+def _is_there(target: Path, outputs: list[Output], contents, beside, known, workers: int, on_event: Event) -> bool:
     """Whether this export was finished: every byte is compared, since other weights look the same from outside. Raises
     DestinationError for a folder of the same files with something else in them."""
     try:
@@ -194,18 +195,18 @@ def _is_there(target: Path, outputs: list[Output], contents, beside, known, work
     except (OSError, GLMError):
         return False
     differ = [name for name, data in beside.items() if not _holds(target / name, data)]
-    stop = threading.Event()
+    watch, stop = Watch(sum(output.size for output in outputs), on_event), threading.Event()
 
     def one(at: int) -> None:
         there: dict[str, str] = {}
         want = {part.name: known[part.name] for part in outputs[at].parts}
         keep = lambda into: lambda done: into.update({part.name: digest for part, digest, _ in done})
-        look = lambda content, into: stream(
-            content, outputs[at].size, outputs[at].parts, keep(into), lambda nbytes, tensor: None, stop
+        look = lambda content, into, passed: stream(
+            content, outputs[at].size, outputs[at].parts, keep(into), passed, stop
         )
-        look(target / outputs[at].name, there)
+        look(target / outputs[at].name, there, watch.passed)
         if None in want.values():
-            look(contents[at], want)
+            look(contents[at], want, lambda nbytes, tensor: None)
         differ.extend(name for name in want if there[name] != want[name])
 
     in_parallel(one, range(len(outputs)), workers, stop)

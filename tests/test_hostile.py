@@ -27,6 +27,7 @@ from folders import SMALL, random_tensors, write_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_convert import shard_of
+from test_safetensors import JSON_PIECES
 
 from glm_jax.config import Config, tiny
 from glm_jax.convert import convert, export, gc, native, ocdbt, plan, verify
@@ -995,23 +996,7 @@ def test_the_corpus_is_as_large_as_it_says():
 # ---- whatever the bytes
 
 
-TOKENS = [
-    b"{",
-    b"}",
-    b"[",
-    b"]",
-    b'"',
-    b",",
-    b":",
-    b"-1",
-    b"0",
-    b"1e9",
-    b"true",
-    b"null",
-    b"NaN",
-    b"9" * 30,
-    b"\\ud800",
-]
+TOKENS = [*JSON_PIECES, b"9" * 30, b"\\ud800"]
 EDITS = st.lists(
     st.tuples(st.floats(0, 1), st.integers(0, 8), st.sampled_from(TOKENS) | st.binary(max_size=4)),
     min_size=1,
