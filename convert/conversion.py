@@ -545,15 +545,14 @@ def _run(mine: Sequence[int], jobs: Sequence[tuple], log: Journal, on_event: Eve
 def in_parallel(one: Callable[[Any], None], those: Iterable[Any], workers: int, stop: threading.Event) -> None:
     """Calls `one` with each of those, some at once. What goes wrong in one sets `stop` for the others and is raised."""
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        pending = [pool.submit(one, it) for it in those]
         try:
+            # A Ctrl-C while a thread is being started leaves one that the pool does not know of: `stop` ends it too.
+            pending = [pool.submit(one, it) for it in those]
             for future in concurrent.futures.as_completed(pending):
                 future.result()
         except BaseException:
             stop.set()
-            for future in pending:
-                future.cancel()
-            concurrent.futures.wait(pending)
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 

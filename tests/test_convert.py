@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from glm_jax.cli import main
 from glm_jax.config import tiny
 from glm_jax.console import size
 from glm_jax.convert import checking, convert, export, gc, native, ocdbt, streaming, table, verify
-from glm_jax.convert.conversion import LOCK, STAGING
+from glm_jax.convert.conversion import LOCK, STAGING, in_parallel
 from glm_jax.convert.safetensors import read_folder
 from glm_jax.errors import BadInput, DestinationError, Locked, MissingInput, NoSpace, UsageError
 
@@ -1017,6 +1018,25 @@ def test_a_header_longer_than_a_piece_is_written_too(tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "PIECE", 4096)
     export(tmp_path / "to", tmp_path / "two")
     assert tree_of(tmp_path / "one") == tree_of(tmp_path / "two")
+
+
+def test_an_interruption_while_threads_start_ends_them_too():
+    stop, began, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def one(_):
+        began.set()
+        assert stop.wait(60)
+        ended.set()
+
+    def those():
+        yield 0
+        assert began.wait(60)
+        yield 1
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        in_parallel(one, those(), 1, stop)
+    assert ended.is_set()
 
 
 @pytest.mark.slow
