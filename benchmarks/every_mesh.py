@@ -65,7 +65,8 @@ def rms(ours, theirs) -> float:
 
 
 def run(devices: int, cases: list[str]) -> None:
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    given = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{given} --xla_force_host_platform_device_count={devices}"
     os.environ["JAX_PLATFORMS"] = "cpu"
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import jax

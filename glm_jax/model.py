@@ -299,6 +299,7 @@ class MoE(nnx.Module):
         own = tuple(a for a in experts if a in mesh_axes([rules.batch, rules.seq]))  # along which tokens differ
         summed = tuple(a for a in (*experts, *mesh_axes([rules.expert_ffn])) if a not in own)
         gate_up, down = self.gate_up[...], self.down[...]
+        kind = device_kind(step.mesh)
         if gate_up.ndim == 4:  # this layer's own experts, a slice that the scan made: a stack of one
             gate_up, down, layer = gate_up[None], down[None], jnp.zeros_like(layer)
 
@@ -312,9 +313,10 @@ class MoE(nnx.Module):
             first = jax.lax.axis_index(experts) * down.shape[1] if experts else 0
 
             def work(tokens, ids, share, dtype):
-                return kernels.routed_experts(tokens, ids - first, share, gate_up, down, layer, dtype)
+                weights = gate_up, down, layer
+                return kernels.routed_experts(tokens, ids - first, share, *weights, dtype, device=kind)
 
-            if not dispatch.sends(jax.lax.axis_size(own) if own else 1, device_kind(step.mesh)):
+            if not dispatch.sends(jax.lax.axis_size(own) if own else 1, kind):
                 y = dispatch.gathered(tokens, ids, share, work, own)
             else:
                 sizes = [jax.lax.axis_size(a) for a in experts]

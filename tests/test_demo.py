@@ -223,13 +223,12 @@ def test_training_resumes_to_the_bit(tmp_path, monkeypatch):
             trainer.train(batches.batch(data, trainer.done, 64))
         return jax.tree.leaves((trainer.weights, trainer.biases, trainer.moments))
 
-    whole = steps(train.Trainer(10), 4)
-    half = train.Trainer(10)
-    steps(half, 2)
-    half.save(tmp_path)
+    whole = train.Trainer(10)
+    steps(whole, 2)
+    whole.save(tmp_path)
     resumed = train.Trainer(10)
     resumed.resume(tmp_path)
     assert resumed.done == 2
-    for a, b in zip(whole, steps(resumed, 2), strict=True):
+    for a, b in zip(steps(whole, 2), steps(resumed, 2), strict=True):
         np.testing.assert_array_equal(a, b)
     assert all(np.any(np.asarray(b)) for b in jax.tree.leaves(resumed.biases))

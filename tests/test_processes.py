@@ -310,8 +310,7 @@ def test_a_normal_end_is_quick_and_silent():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("who, number", [(0, signal.SIGTERM), (1, signal.SIGINT)])
 def test_an_interrupted_command_ends_in_all(folder, who, number):
     argv = [sys.executable, "-m", "glm_jax", "generate", "-m", folder, "-p", "the", "--max-tokens", 4000, "--raw"]
     with started(*(argv + f for f in flags()), envs=[{"PYTHONUNBUFFERED": "1"}] * 2) as children:

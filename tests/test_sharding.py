@@ -226,15 +226,12 @@ def totals(found):
 
 CASES = [
     ("expert=2,tensor=2", "ep", 16),
-    ("expert=2,tensor=2", "ep", 8),
     ("data=2,expert=2,tensor=2", "ep", 16),
     ("data=2,expert=2,tensor=2", "ep", 8),
     ("expert=4,tensor=2", "latency", 16),
     ("expert=4,tensor=2", "latency", 1),
     ("tensor=4", "tp", 16),
-    ("tensor=4", "tp", 1),
     ("context=2,tensor=2", "long", 16),
-    ("context=2,tensor=2", "long", 8),
     ("expert=2,context=2", "long", 16),
     ("expert=2,context=2", "long", 8),
 ]
@@ -352,7 +349,7 @@ def test_every_preset_gives_the_same_gradients(case):
 def test_sixteen_devices():
     """Tokens sent to sixteen devices' experts, in a process of its own: benchmarks/every_mesh.py has all cases."""
     command = [sys.executable, str(ROOT / "benchmarks/every_mesh.py"), "--devices", "16", "--case", "expert=16/ep"]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
     (row,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from glm_jax.kernels.few_rows import few_rows, is_few
-
-GATHERED = 2**28  # numbers in the rows that experts work on at once, at most: 4,096 tokens of GLM-4.6
+from glm_jax.kernels.routing import by_expert, look_up, varying
 
 
 def grouped_matmul(
@@ -25,86 +24,44 @@ def grouped_matmul(
     group_sizes: Int[Array, "E"],
     layer: "int | Int[Array, '']" = 0,
     largest_group: int | None = None,
+    scales: "Float[Array, 'L E N'] | None" = None,
 ) -> Float[Array, "M N"]:
-    """`lhs[m] @ rhs[layer, e].T` for the rows of each group e: the first `group_sizes[0]` rows are group 0's, then on.
-
-    `layer` is 0..L-1. Rows past the last group come out as zeros. Sums are in float32, the result has lhs's dtype.
-    `largest_group`, if the caller knows a bound (default M), says up to which height tiles are compiled."""
+    """As `experts.grouped_matmul`."""
     L, E, N, K = rhs.shape
     heights = _heights(lhs.shape[0] if largest_group is None else largest_group)
     first = jnp.asarray(layer, jnp.int32) * E
-    lhs, rhs, sizes, first = _varying(lhs, rhs.reshape(L * E, N, K), group_sizes, first)
+    own = [] if scales is None else [scales.astype(jnp.float32).reshape(L * E, N)]
+    lhs, rhs, sizes, first, *own = varying(lhs, rhs.reshape(L * E, N, K), group_sizes, first, *own)
+    args = lhs, rhs, own[0] if own else None, sizes, first
     multiply: Any = functools.partial(_grouped_matmul, heights, 1)
     if K % 128 == 0 or N % 128:
-        return multiply(lhs, rhs, sizes, first)
+        return multiply(*args)
     # A TPU keeps an argument [..., N, K] with N innermost where K is no multiple of its 128 lanes and N is. In the
     # loops it would not, and turn the whole stack around; written as [..., K, N] it lies as it is.
     turned = lambda lhs, rhs, *rest: _grouped_matmul(heights, 0, lhs, rhs.swapaxes(1, 2), *rest)
-    return jax.lax.platform_dependent(lhs, rhs, sizes, first, tpu=turned, default=multiply)
+    return jax.lax.platform_dependent(*args, tpu=turned, default=multiply)
 
 
-def routed_experts(
+def routed(
     x: Float[Array, "T D"],
     ids: Int[Array, "T k"],
     share: Float[Array, "T k"],
     gate_up: Float[Array, "L E 2 F D"],
     down: Float[Array, "L E D F"],
     layer: "int | Int[Array, '']" = 0,
-    dtype=jnp.float32,
+    scales: "tuple[Float[Array, 'L E 2 F'], Float[Array, 'L E D']] | None" = None,
 ) -> Float[Array, "T D"]:
-    """The sum over each token's experts of `share * down(silu(gate x) * up x)`, added in float32 and given as `dtype`.
-
-    A token's ids differ from each other. An id outside 0..E-1 is another device's expert and adds nothing here. Many
-    tokens go through in parts, so that what is held beside the weights has a bound whatever the routing."""
-    (T, D), k = x.shape, ids.shape[1]
-    most = rows_at_once(k, D)
-    parts = -(-T // most)
-    if parts == 1:
-        return _routed(x, ids, share, gate_up, down, layer).astype(dtype)
-    each = most if T % most == 0 else -(-T // parts)
-    pad = lambda a, value: jnp.pad(a, ((0, parts * each - T), (0, 0)), constant_values=value).reshape(parts, each, -1)
-
-    @jax.checkpoint
-    def part(item):
-        x, ids, share = item
-        return _routed(x, ids, share, gate_up, down, layer).astype(dtype)
-
-    return jax.lax.map(part, (pad(x, 0), pad(ids, -1), pad(share, 0))).reshape(parts * each, D)[:T]
-
-
-def rows_at_once(k: int, D: int) -> int:
-    """How many tokens of k experts and width D go through at once."""
-    return 1 << max(0, (GATHERED // (k * D)).bit_length() - 1)  # a power of two, as numbers of tokens often are
-
-
-def _routed(x, ids, share, gate_up, down, layer):
+    """`routed_experts` in float32, all tokens at once."""
     (L, E, _, F, D), (T, k) = gate_up.shape, ids.shape
-    group = jnp.where((ids >= 0) & (ids < E), ids, E).reshape(-1)
-    # Not argsort: inside a shard_map it types the order as the same on every device, since what it carries along is an
-    # iota, and the gradient of rows looked up by it would then be summed over devices row by row.
-    iota = jnp.arange(T * k, dtype=jnp.int32) + 0 * group
-    _, order = jax.lax.sort_key_val(group, iota)  # row m is choice order[m], that is of token order[m] // k
-    _, place = jax.lax.sort_key_val(order, iota)  # and choice c is row place[c]; a scatter would be a loop on CPU
-    sizes = (group[:, None] == jnp.arange(E)).sum(0)
+    order, place, sizes = by_expert(ids, E)
+    of_gate_up, of_down = (None, None) if scales is None else (scales[0].reshape(L, E, 2 * F), scales[1])
     multiply = functools.partial(grouped_matmul, group_sizes=sizes, layer=layer, largest_group=T)
-    h = multiply(_look_up(*_varying(x, order // k, place.reshape(T, k))), gate_up.reshape(L, E, 2 * F, D))
+    x_ = look_up(*varying(x, order // k, place.reshape(T, k)))
+    h = multiply(x_, gate_up.reshape(L, E, 2 * F, D), scales=of_gate_up)
     gate, up = h[:, :F].astype(jnp.float32), h[:, F:].astype(jnp.float32)
-    y = multiply((jax.nn.silu(gate) * up).astype(x.dtype), down)
-    y = _look_up(*_varying(y, place, order[:, None])).reshape(T, k, D)
+    y = multiply((jax.nn.silu(gate) * up).astype(x.dtype), down, scales=of_down)
+    y = look_up(*varying(y, place, order[:, None])).reshape(T, k, D)
     return (share[..., None].astype(jnp.float32) * y.astype(jnp.float32)).sum(1)
-
-
-@jax.custom_vjp
-def _look_up(x, source, places):  # x [A, D], source [M] -> [M, D]; places [A, k] says which rows come from each of x's
-    return x.at[source].get(mode="promise_in_bounds")
-
-
-def _look_up_backward(places, dy):  # by looking up too: adding to rows in place is a loop on CPU
-    part = lambda j: dy.at[places[:, j]].get(mode="promise_in_bounds").astype(jnp.float32)
-    return functools.reduce(jnp.add, map(part, range(places.shape[1]))).astype(dy.dtype), None, None
-
-
-_look_up.defvjp(lambda x, source, places: (_look_up(x, source, places), places), _look_up_backward)
 
 
 def _heights(rows):
@@ -118,17 +75,6 @@ def _heights(rows):
         heights = (16, 32, 64, 96, 128, 192, 256, 512)
     enough = next((i for i, h in enumerate(heights) if h >= rows), len(heights) - 1)
     return heights[: enough + 1]
-
-
-def _varying(*arrays):
-    """Inside a shard_map, the arrays as varying over the mesh axes that any of them varies over. Before a custom_vjp
-    this is what makes a cotangent of a replicated weight a sum over the devices, not one device's own share."""
-    varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
-    axes = frozenset().union(*varying)
-    return [
-        jax.lax.pcast(a, tuple(axes - own), to="varying") if axes - own else a
-        for a, own in zip(arrays, varying, strict=True)
-    ]
 
 
 def _for_tiles(heights, sizes, rows, tile, carry):
@@ -160,6 +106,7 @@ def _dot(x, w, out, in_):
     """One matmul, contracting axis `out` of x with axis `in_` of w, summed in float32."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # not TF32 on GPU, nor bfloat16 on TPU
     dims = (((out,), (in_,)), ((), ()))
+    w = w.astype(x.dtype) if w.dtype.itemsize == 1 else w  # FP8 is widened exactly
     return jax.lax.dot_general(x, w, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
@@ -179,9 +126,14 @@ def _product(x, w, i, axis):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _grouped_matmul(heights, axis, lhs, rhs, sizes, first):
-    """lhs [M, K], rhs [G, N, K] with `axis` 1 or [G, K, N] with 0, sizes [E], group 0's place in G -> [M, N]."""
-    product = lambda x, e: _product(x, rhs, first + e, axis)
+def _grouped_matmul(heights, axis, lhs, rhs, scales, sizes, first):
+    """lhs [M, K], rhs [G, N, K] with `axis` 1 or [G, K, N] with 0, scales [G, N] or None, sizes [E], group 0's place in
+    G -> [M, N]."""
+
+    def product(x, e):
+        y = _product(x, rhs, first + e, axis)
+        return y if scales is None else y * scales[first + e]
+
     return _by_tiles(heights, lhs, rhs.shape[2 - axis], sizes, product)
 
 
@@ -200,14 +152,21 @@ def _by_tiles(heights, lhs, width, sizes, product):
     return jnp.where(jnp.arange(M)[:, None] < sizes.sum(), y, 0)
 
 
-def _grouped_matmul_forward(heights, axis, lhs, rhs, sizes, first):
-    return _grouped_matmul(heights, axis, lhs, rhs, sizes, first), (lhs, rhs, sizes, first)
+def _grouped_matmul_forward(heights, axis, *args):
+    return _grouped_matmul(heights, axis, *args), args
 
 
 def _grouped_matmul_backward(heights, axis, saved, dy):
-    lhs, rhs, sizes, first = saved
+    lhs, rhs, scales, sizes, first = saved
     heights = (16, 64, 256)[: 1 + sum(heights[-1] > h for h in (16, 64))]
-    dlhs = _by_tiles(heights, dy, rhs.shape[1 + axis], sizes, lambda dy, e: _product(dy, rhs, first + e, 1 - axis))
+
+    def back(dy, e):
+        dy = dy if scales is None else (dy.astype(jnp.float32) * scales[first + e]).astype(dy.dtype)
+        return _product(dy, rhs, first + e, 1 - axis)
+
+    dlhs = _by_tiles(heights, dy, rhs.shape[1 + axis], sizes, back)
+    if scales is not None:
+        return dlhs, None, None, None, None
     pad = lambda a: jnp.pad(a, ((0, heights[-1]), (0, 0)))
     x, dy = pad(lhs), pad(dy)
 
@@ -217,9 +176,9 @@ def _grouped_matmul_backward(heights, axis, saved, dy):
         one, other = (own(dy), own(x)) if axis else (own(x), own(dy))
         return drhs.at[first + e].add(_dot(one, other, 0, 0))
 
-    (nothing, *_) = _varying(jnp.zeros_like(rhs, dtype=jnp.float32), rhs)
+    (nothing, *_) = varying(jnp.zeros_like(rhs, dtype=jnp.float32), rhs)
     drhs = _for_tiles(heights, sizes, lhs.shape[0], tile, nothing)
-    return dlhs, drhs.astype(rhs.dtype), None, None
+    return dlhs, drhs.astype(rhs.dtype), None, None, None
 
 
 _grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)

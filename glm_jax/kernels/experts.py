@@ -1,0 +1,237 @@
+"""The routed experts of one layer, and the grouped matmul they are made of: what a caller calls.
+
+Which implementation runs is chosen while tracing (`choice`). "xla": loops over row tiles on plain XLA, everywhere
+(`row_tiles`). "triton": two Pallas kernels on NVIDIA GPUs (`triton`): gather, gate, up and SiLU; then down times the
+routing weight, into the order of the choices; a dense sum over each token's choices remains for XLA."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from glm_jax.errors import UsageError
+from glm_jax.kernels import choice, row_tiles, tiles, triton
+from glm_jax.kernels.routing import by_expert, varying
+
+GATHERED = 2**28  # numbers in the rows that experts work on at once, at most: 4,096 tokens of GLM-4.6
+
+
+def routed_experts(
+    x: Float[Array, "T D"],
+    ids: Int[Array, "T k"],
+    share: Float[Array, "T k"],
+    gate_up: Float[Array, "L E 2 F D"],
+    down: Float[Array, "L E D F"],
+    layer: "int | Int[Array, '']" = 0,
+    dtype: Any = jnp.float32,
+    scales: "tuple[Float[Array, 'L E 2 F'], Float[Array, 'L E D']] | None" = None,
+    implementation: str = "auto",
+    device: str | None = None,
+) -> Float[Array, "T D"]:
+    """The sum over each token's experts of `share * down(silu(gate x) * up x)`, added in float32 and given as `dtype`.
+
+    A token's ids differ from each other. An id outside 0..E-1 is another device's expert and adds nothing here. Many
+    tokens go through in parts, so that what is held beside the weights has a bound whatever the routing.
+
+    `scales` are those of FP8 weights (float8_e4m3fn), of each expert's output channels: they multiply what comes of
+    the stored numbers. FP8 weights and scales have no gradient. `device` is the kind of device it is traced for, by
+    default that of the device that jax would compute on. Raises UsageError for an `implementation` that is none or
+    cannot run there, and for FP8 weights without scales."""
+    (T, D), k = x.shape, ids.shape[1]
+    if (scales is None) != (gate_up.dtype.itemsize > 1 and down.dtype.itemsize > 1):
+        raise UsageError(f"weights of {gate_up.dtype} and {down.dtype} with{'out' if scales is None else ''} scales")
+    kind = choice.kind_of_default_device() if device is None else device
+    chosen = choice.choose(implementation, kind, x, [gate_up, down])
+    if T == 0:
+        return jnp.zeros((0, D), dtype)
+    if chosen == "xla":
+        run = lambda x, ids, share: row_tiles.routed(x, ids, share, gate_up, down, layer, scales)
+    else:
+        run = lambda x, ids, share: _by_kernels(kind, x, ids, share, gate_up, down, layer, scales)
+
+    most = rows_at_once(k, D)
+    parts = -(-T // most)
+    if parts == 1:
+        return run(x, ids, share).astype(dtype)
+    each = most if T % most == 0 else -(-T // parts)
+    pad = lambda a, value: jnp.pad(a, ((0, parts * each - T), (0, 0)), constant_values=value).reshape(parts, each, -1)
+    part = jax.checkpoint(lambda item: run(*item).astype(dtype))
+    return jax.lax.map(part, (pad(x, 0), pad(ids, -1), pad(share, 0))).reshape(parts * each, D)[:T]
+
+
+def rows_at_once(k: int, D: int) -> int:
+    """How many tokens of k experts and width D go through at once."""
+    return 1 << max(0, (GATHERED // (k * D)).bit_length() - 1)  # a power of two, as numbers of tokens often are
+
+
+def grouped_matmul(
+    lhs: Float[Array, "M K"],
+    rhs: Float[Array, "L E N K"],
+    group_sizes: Int[Array, "E"],
+    layer: "int | Int[Array, '']" = 0,
+    largest_group: int | None = None,
+    scales: "Float[Array, 'L E N'] | None" = None,
+    implementation: str = "auto",
+    device: str | None = None,
+) -> Float[Array, "M N"]:
+    """`lhs[m] @ rhs[layer, e].T` for the rows of each group e: the first `group_sizes[0]` rows are group 0's, then on.
+
+    `layer` is 0..L-1. Rows past the last group come out as zeros. Sums are in float32, the result has lhs's dtype.
+    `largest_group`, if the caller knows a bound (default M), says up to which height tiles are compiled. The other
+    arguments and the errors are those of `routed_experts`."""
+    if (scales is None) != (rhs.dtype.itemsize > 1):
+        raise UsageError(f"weights of {rhs.dtype} with{'out' if scales is None else ''} scales")
+    kind = choice.kind_of_default_device() if device is None else device
+    if choice.choose(implementation, kind, lhs, [rhs]) == "xla" or lhs.shape[0] == 0:
+        return row_tiles.grouped_matmul(lhs, rhs, group_sizes, layer, largest_group, scales)
+    L, E, N, K = rhs.shape
+    first = jnp.asarray(layer, jnp.int32) * E
+    rhs = _for_kernels(rhs.reshape(L * E, N, K), kind)
+    scales = None if scales is None else scales.astype(jnp.float32).reshape(L * E, N)
+    lhs, rhs, first, sizes, *scale = varying(lhs, rhs, first, group_sizes, *([] if scales is None else [scales]))
+    y = _grouped_matmul(Plan(kind, E), lhs, rhs, scale[0] if scale else None, sizes, first)
+    return jnp.where(jnp.arange(lhs.shape[0])[:, None] < sizes.sum(), y, 0)
+
+
+# ---- by kernels
+
+
+class Plan(NamedTuple):
+    """What a kernel's call is decided by, beside shapes."""
+
+    kind: str
+    E: int
+
+    def tile(self, kernel: str, rows: int, N: int, K: int, x, weights) -> triton.Tile:
+        shared = choice.shared_memory(self.kind)
+        return tiles.tile(kernel, self.kind, shared, rows, self.E, N, K, x.dtype, weights.dtype)
+
+
+def _for_kernels(w, kind):
+    """FP8 weights as bytes where the compiler knows no such numbers: below compute capability 8.9 it aborts."""
+    if w.dtype == jnp.float8_e4m3fn and (choice.capability(kind) or (9, 0)) < (8, 9):
+        return jax.lax.bitcast_convert_type(w, jnp.uint8)
+    return w
+
+
+def _by_kernels(kind, x, ids, share, gate_up, down, layer, scales):
+    L, E, _, F, D = gate_up.shape
+    first = jnp.asarray(layer, jnp.int32) * E
+    gate_up, down = _for_kernels(gate_up.reshape(L * E, 2 * F, D), kind), _for_kernels(down.reshape(L * E, D, F), kind)
+    own = [] if scales is None else [s.astype(jnp.float32).reshape(L * E, -1) for s in scales]
+    x, ids, share, gate_up, down, first, *own = varying(x, ids, share, gate_up, down, first, *own)
+    return _experts(Plan(kind, E), x, share, gate_up, down, tuple(own) or None, ids, first)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _experts(plan, x, share, gate_up, down, scales, ids, first):
+    return _forward(plan, x, share, gate_up, down, scales, ids, first, False)[0]
+
+
+def _forward(plan, x, share, gate_up, down, scales, ids, first, keep):
+    (T, D), k, F = x.shape, ids.shape[1], down.shape[2]
+    M, local = T * k, (ids >= 0) & (ids < plan.E)
+    of_gate_up, of_down = scales or (None, None)
+    up_tile = plan.tile("gate_up", M, 2 * F, D, x, gate_up)
+    down_tile = plan.tile("matmul", M, D, F, x, down)
+    if T <= triton.FEW and not keep:
+        order = jnp.arange(M, dtype=jnp.int32)
+        mine = local.reshape(-1)
+        up_tiles = triton.Tiles(first + jnp.where(mine, ids.reshape(-1), 0), order, mine.astype(jnp.int32))
+        down_tiles, place, sizes = up_tiles, order, None
+    else:
+        order, place, sizes = by_expert(ids, plan.E)
+        up_tiles = triton.tiles_of(sizes, M, up_tile.m, first)
+        same = down_tile.m == up_tile.m
+        down_tiles = up_tiles if same else triton.tiles_of(sizes, M, down_tile.m, first)
+    h = triton.gate_up(x, order // k, gate_up, of_gate_up, up_tiles, up_tile, keep)
+    h, both = h if keep else (h, None)
+    weight = share.astype(jnp.float32).reshape(-1)
+    y = triton.matmul(h, down, of_down, down_tiles, down_tile, target=order, share=weight)
+    return _summed(y, local), (order, place, sizes, both)
+
+
+def _summed(y, local):
+    """Rows [T * k, D] in the order of the choices -> their sums [T, D] in float32, of those that are local: nobody has
+    written the others."""
+    y = jnp.where(local[..., None], y.reshape(*local.shape, -1).astype(jnp.float32), 0)
+    return y.sum(1)
+
+
+def _experts_forward(plan, x, share, gate_up, down, scales, ids, first):
+    y, kept = _forward(plan, x, share, gate_up, down, scales, ids, first, True)
+    return y, (x, share, gate_up, down, scales, ids, first, kept)
+
+
+def _experts_backward(plan, saved, dy):
+    x, share, gate_up, down, scales, ids, first, (order, place, sizes, both) = saved
+    (T, k), F = ids.shape, down.shape[2]
+    local, token = (ids >= 0) & (ids < plan.E), order // k
+    dy, weight = dy.astype(x.dtype), share.astype(jnp.float32).reshape(-1)[order][:, None]
+    multiply = functools.partial(_rows_back, plan, sizes, first)
+
+    # Of each row, before its share: what comes back through `down`, and with it the share's own gradient.
+    back = multiply(dy, down, None if scales is None else scales[1], source=token)
+    gate, up = (both[:, c * F : (c + 1) * F].astype(jnp.float32) for c in (0, 1))
+    sigmoid = jax.nn.sigmoid(gate)
+    silu, back = gate * sigmoid, back.astype(jnp.float32)
+    dshare = jnp.where(local, (back * silu * up).sum(-1)[place].reshape(T, k), 0).astype(share.dtype)
+    back = weight * back
+    dgate, dup = back * up * sigmoid * (1 + gate * (1 - sigmoid)), back * silu
+    dboth = jnp.concatenate([dgate, dup], 1).astype(x.dtype)
+    dx = multiply(dboth, gate_up, None if scales is None else scales[0], target=order)
+    dx = _summed(dx, local).astype(x.dtype)
+    if scales is not None:
+        return dx, dshare, None, None, None, None, None
+    h = (weight * silu * up).astype(x.dtype)
+    weights_back = functools.partial(_weights_back, plan, sizes, first)
+    ddown = weights_back(down, dy, h, source_a=token)
+    dgate_up = weights_back(gate_up, dboth, x, source_b=token)
+    return dx, dshare, dgate_up, ddown, None, None, None
+
+
+_experts.defvjp(_experts_forward, _experts_backward)
+
+
+def _rows_back(plan, sizes, first, dy, w, scales, source=None, target=None):
+    """Each row of dy times its matrix [N, K] as it is: the gradient of the rows that the matrix has multiplied."""
+    M = dy.shape[0] if source is None else source.shape[0]
+    if scales is not None:  # of the side that is contracted now
+        ends = jnp.cumsum(sizes)
+        expert = jnp.minimum((jnp.arange(M)[:, None] >= ends).sum(1), plan.E - 1)
+        dy = (dy if source is None else dy[source]).astype(jnp.float32) * scales[first + expert]
+        dy, source = dy.astype(jnp.bfloat16 if w.dtype.itemsize == 1 else w.dtype), None
+    tile = plan.tile("matmul", M, w.shape[2], w.shape[1], dy, w)
+    made = triton.tiles_of(sizes, M, tile.m, first)
+    return triton.matmul(dy, w, None, made, tile, axis=0, source=source, target=target)
+
+
+def _weights_back(plan, sizes, first, w, a, b, source_a=None, source_b=None):
+    """The gradient of the stack w [G, N, K]: of the E matrices from `first` on the sums over their rows, else zeros."""
+    M = next((s for s in (source_a, source_b) if s is not None), a).shape[0]
+    tile = plan.tile("outer", M, w.shape[1], w.shape[2], a, w)
+    dw = triton.outer(a, b, sizes, tile, source_a=source_a, source_b=source_b, dtype=w.dtype)
+    if w.shape[0] == plan.E:
+        return dw
+    (nothing, *_) = varying(jnp.zeros_like(w), w)
+    return jax.lax.dynamic_update_slice(nothing, dw, (first, 0 * first, 0 * first))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_matmul(plan, lhs, rhs, scales, sizes, first):
+    tile = plan.tile("matmul", lhs.shape[0], rhs.shape[1], rhs.shape[2], lhs, rhs)
+    made = triton.tiles_of(sizes, lhs.shape[0], tile.m, first)
+    return triton.matmul(lhs, rhs, scales, made, tile)
+
+
+def _grouped_matmul_backward(plan, saved, dy):
+    lhs, rhs, scales, sizes, first = saved
+    dlhs = _rows_back(plan, sizes, first, dy, rhs, scales)
+    dlhs = jnp.where(jnp.arange(lhs.shape[0])[:, None] < sizes.sum(), dlhs, 0).astype(lhs.dtype)
+    drhs = None if scales is not None else _weights_back(plan, sizes, first, rhs, dy, lhs)
+    return dlhs, drhs, None, None, None
+
+
+_grouped_matmul.defvjp(lambda plan, *args: (_grouped_matmul(plan, *args), args), _grouped_matmul_backward)
