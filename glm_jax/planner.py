@@ -151,7 +151,8 @@ def _working_bytes(
         attention = {"a layer's keys, or its values": held(layer), "scores": held(B * N * own_slots * (4 + wide))}
         attention["slices of weights"] = held(one)
     # The experts: the tokens of the group as they come and what becomes of them, and the rows that are worked on at
-    # once: on a TPU read, looked up, multiplied; a GPU's kernels write what is between gate and down, and the answers.
+    # once: on a TPU read, looked up, multiplied; a GPU's kernels, which multiply 16 bits, write what is between gate
+    # and down, and the answers.
     own = [a for a in mesh_axes([rules.experts]) if a in mesh_axes([rules.batch, rules.seq])]
     group, F = B * T * size(*own), c.moe_intermediate_size // size(rules.expert_ffn)
     at_once = min(group, rows_at_once(k, D)) * k
@@ -159,7 +160,7 @@ def _working_bytes(
         in_and_out = held(group * D * wide) * (4 if tpu else 2)
     else:
         in_and_out = held(group * D * 4) // 4 * (wide + 4) * (3 if tpu else 2) // 2
-    per_row = (2 * D + 2 * F) / D if tpu else (D + F) / D
+    per_row = (2 * D + 2 * F) / D if tpu else (D + F) / D if wide == 2 else (D + 3 * F) / D
     experts = {"the expert group's tokens": in_and_out, "rows of the experts": int(held(at_once * D * wide) * per_row)}
     # A layer's slices of stacked weights.
     dense = 2 * D * c.intermediate_size // size(rules.ffn) * wide if c.dense_layers > 1 else 0

@@ -14,8 +14,15 @@ from glm_jax.kernels import triton
 IMPLEMENTATIONS = ("auto", "xla", "triton")
 # Compute capability and bytes of shared memory a block, of kinds to compile for that are not here; a GPU that is here
 # says its own capability.
-SHARED = {(8, 0): 166_912, (8, 6): 101_376, (8, 7): 166_912, (8, 9): 101_376, (9, 0): 232_448, (10, 0): 232_448}
-CAPABILITY = {
+SHARED: dict[tuple[int, ...], int] = {
+    (8, 0): 166_912,
+    (8, 6): 101_376,
+    (8, 7): 166_912,
+    (8, 9): 101_376,
+    (9, 0): 232_448,
+    (10, 0): 232_448,
+}
+CAPABILITY: dict[str, tuple[int, ...]] = {
     "A100": (8, 0),
     "A10": (8, 6),
     "L4": (8, 9),
@@ -33,19 +40,17 @@ CAPABILITY = {
 
 def kind_of_default_device() -> str:
     """What the device that jax would compute on calls itself."""
-    default = jax.config.jax_default_device
-    device = default if hasattr(default, "device_kind") else jax.devices(default)[0]
-    return device.device_kind
+    default: Any = getattr(jax.config, "jax_default_device", None)  # a device, the name of a platform, or nothing
+    return default.device_kind if hasattr(default, "device_kind") else jax.devices(default)[0].device_kind
 
 
 @functools.cache
-def capability(kind: str) -> tuple[int, int] | None:
+def capability(kind: str) -> tuple[int, ...] | None:
     """The compute capability of an NVIDIA GPU of this kind; None for every other device, and for a kind that is neither
     here nor known."""
     for device in jax.local_devices():
         if device.device_kind == kind and re.fullmatch(r"\d+\.\d+", getattr(device, "compute_capability", "")):
-            major, minor = device.compute_capability.split(".")
-            return int(major), int(minor)
+            return tuple(map(int, device.compute_capability.split(".")))
     words = re.split(r"[ -]", kind) if "NVIDIA" in kind else []
     return next((CAPABILITY[word] for word in words if word in CAPABILITY), None)
 
@@ -81,8 +86,8 @@ def _why_not_triton(kind, x, weights) -> str:
     found = (9, 0) if triton.INTERPRET else capability(kind)
     if found is None or found < (8, 0):
         return f"it needs an NVIDIA GPU of compute capability 8.0 or more, the device is {kind or 'unknown'!r}"
-    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        return f"it multiplies bfloat16, float16 or float32, not {x.dtype}"
+    if x.dtype not in (jnp.bfloat16, jnp.float16) and not triton.INTERPRET:  # float32 has no tensor cores, and spills
+        return f"it multiplies bfloat16 or float16, not {x.dtype}"
     for w in weights:
         if w.dtype not in (x.dtype, jnp.float8_e4m3fn):
             return f"weights of {w.dtype} with states of {x.dtype}; it takes the same, or float8_e4m3fn"

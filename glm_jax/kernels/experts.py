@@ -46,6 +46,7 @@ def routed_experts(
     chosen = choice.choose(implementation, kind, x, [gate_up, down])
     if T == 0:
         return jnp.zeros((0, D), dtype)
+    run: Any
     if chosen == "xla":
         run = lambda x, ids, share: row_tiles.routed(x, ids, share, gate_up, down, layer, scales)
     else:
@@ -84,14 +85,17 @@ def grouped_matmul(
     if (scales is None) != (rhs.dtype.itemsize > 1):
         raise UsageError(f"weights of {rhs.dtype} with{'out' if scales is None else ''} scales")
     kind = choice.kind_of_default_device() if device is None else device
-    if choice.choose(implementation, kind, lhs, [rhs]) == "xla" or lhs.shape[0] == 0:
+    chosen = choice.choose(implementation, kind, lhs, [rhs])
+    if lhs.shape[0] == 0:
+        return jnp.zeros((0, rhs.shape[2]), lhs.dtype)
+    if chosen == "xla":
         return row_tiles.grouped_matmul(lhs, rhs, group_sizes, layer, largest_group, scales)
     L, E, N, K = rhs.shape
     first = jnp.asarray(layer, jnp.int32) * E
     rhs = _for_kernels(rhs.reshape(L * E, N, K), kind)
     scales = None if scales is None else scales.astype(jnp.float32).reshape(L * E, N)
     lhs, rhs, first, sizes, *scale = varying(lhs, rhs, first, group_sizes, *([] if scales is None else [scales]))
-    y = _grouped_matmul(Plan(kind, E), lhs, rhs, scale[0] if scale else None, sizes, first)
+    y: Any = _grouped_matmul(Plan(kind, E), lhs, rhs, scale[0] if scale else None, sizes, first)
     return jnp.where(jnp.arange(lhs.shape[0])[:, None] < sizes.sum(), y, 0)
 
 
@@ -111,7 +115,8 @@ class Plan(NamedTuple):
 
 def _for_kernels(w, kind):
     """FP8 weights as bytes where the compiler knows no such numbers: below compute capability 8.9 it aborts."""
-    if w.dtype == jnp.float8_e4m3fn and (choice.capability(kind) or (9, 0)) < (8, 9):
+    known = choice.capability(kind)
+    if w.dtype == jnp.float8_e4m3fn and known is not None and known < (8, 9):
         return jax.lax.bitcast_convert_type(w, jnp.uint8)
     return w
 
@@ -146,8 +151,7 @@ def _forward(plan, x, share, gate_up, down, scales, ids, first, keep):
         up_tiles = triton.tiles_of(sizes, M, up_tile.m, first)
         same = down_tile.m == up_tile.m
         down_tiles = up_tiles if same else triton.tiles_of(sizes, M, down_tile.m, first)
-    h = triton.gate_up(x, order // k, gate_up, of_gate_up, up_tiles, up_tile, keep)
-    h, both = h if keep else (h, None)
+    h, both = triton.gate_up(x, order // k, gate_up, of_gate_up, up_tiles, up_tile, keep)
     weight = share.astype(jnp.float32).reshape(-1)
     y = triton.matmul(h, down, of_down, down_tiles, down_tile, target=order, share=weight)
     return _summed(y, local), (order, place, sizes, both)
@@ -201,8 +205,8 @@ def _rows_back(plan, sizes, first, dy, w, scales, source=None, target=None):
     if scales is not None:  # of the side that is contracted now
         ends = jnp.cumsum(sizes)
         expert = jnp.minimum((jnp.arange(M)[:, None] >= ends).sum(1), plan.E - 1)
-        dy = (dy if source is None else dy[source]).astype(jnp.float32) * scales[first + expert]
-        dy, source = dy.astype(jnp.bfloat16 if w.dtype.itemsize == 1 else w.dtype), None
+        wide = (dy if source is None else dy[source]).astype(jnp.float32) * scales[first + expert]
+        dy, source = wide.astype(dy.dtype), None
     tile = plan.tile("matmul", M, w.shape[2], w.shape[1], dy, w)
     made = triton.tiles_of(sizes, M, tile.m, first)
     return triton.matmul(dy, w, None, made, tile, axis=0, source=source, target=target)

@@ -24,14 +24,15 @@ RULES = {
     ],
     "matmul": [
         (1, (16, 32, 128, 4, 4)),
-        (16, (16, 64, 128, 4, 4)),
+        (16, (16, 64, 128, 4, 3)),
         (32, (32, 64, 128, 4, 4)),
         (96, (64, 128, 128, 8, 4)),
         (math.inf, (128, 256, 64, 8, 3)),
     ],
     "outer": [(math.inf, (128, 256, 64, 8, 3))],
 }
-NARROW = {"gate_up": (128, 64, 64, 8, 3), "matmul": (128, 128, 64, 8, 3)}  # of many rows and FP8 weights: wider spills
+# Of many rows, with FP8 weights, and before Hopper `matmul` with any: wider spills.
+NARROW = {"gate_up": (128, 64, 64, 8, 3), "matmul": (128, 128, 64, 8, 3)}
 
 
 def tile(kernel: str, device: str, shared: int, rows: int, groups: int, N: int, K: int, x, weights) -> Tile:
@@ -46,7 +47,8 @@ def tile(kernel: str, device: str, shared: int, rows: int, groups: int, N: int, 
         made = Tile(*min(found, key=far)["tile"])
     else:
         made = Tile(*next(sizes for most, sizes in RULES[kernel] if mean <= most))
-        if np.dtype(weights).itemsize == 1 and made.m >= 128 and kernel in NARROW:
+        ampere = kernel == "matmul" and shared < 232_448
+        if (np.dtype(weights).itemsize == 1 or ampere) and made.m >= 128 and kernel in NARROW:
             made = Tile(*NARROW[kernel])
     made = made.within(N // 2 if kernel == "gate_up" else K if kernel == "outer" else N, K)
     return _fitting(made, kernel, shared, np.dtype(x).itemsize, np.dtype(weights).itemsize)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from glm_jax.errors import UsageError
 from glm_jax.kernels.routing import varying
@@ -40,6 +40,7 @@ class Tile:
         return dataclasses.replace(self, n=cut(self.n, N), k=cut(self.k, K))
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """Tile t has rows start[t] to start[t] + count[t] - 1, all of matrix matrix[t] of the stack."""
@@ -68,26 +69,26 @@ def tiles_of(sizes: Int[Array, "E"], rows: int, height: int, first: "int | Int[A
 def gate_up(
     x: Float[Array, "T D"],
     token: Int[Array, "M"],
-    w: "Float[Array, 'G F2 D']",
+    w: Shaped[Array, "G F2 D"],
     scales: "Float[Array, 'G F2'] | None",
     tiles: Tiles,
     tile: Tile,
     keep: bool = False,
-) -> "Float[Array, 'M F'] | tuple[Float[Array, 'M F'], Float[Array, 'M F2']]":
+) -> tuple[Float[Array, "M F"], "Float[Array, 'M F2'] | None"]:
     """silu(gate x) * up x for every row, x's row `token[m]`, gate the first half of its matrix and up the second: K1.
-    `keep`: and the rows of gate and up themselves, for the backward pass. Rows in no tile are undefined."""
+    `keep`: and the rows of gate and up themselves, for the backward pass, else None. Rows in no tile are undefined."""
     M, F = token.shape[0], w.shape[1] // 2
     tile = tile.within(F, x.shape[1])
     out = [((M, F), x.dtype), *([((M, 2 * F), x.dtype)] if keep else [])]
     kernel = functools.partial(_gate_up, tile=tile, F=F, scaled=scales is not None, keep=keep)
     args = [tiles.matrix, tiles.start, tiles.count, token, x, w, *([] if scales is None else [scales])]
-    out = _call(kernel, "glm_gate_up", (F // tile.n, tiles.count.shape[0]), out, tile, args)
-    return tuple(out) if keep else out[0]
+    h, *both = _call(kernel, "glm_gate_up", (F // tile.n, tiles.count.shape[0]), out, tile, args)
+    return h, both[0] if keep else None
 
 
 def matmul(
     x: Float[Array, "A K"],
-    w: "Float[Array, 'G N K'] | Float[Array, 'G K N']",
+    w: Shaped[Array, "G a b"],
     scales: "Float[Array, 'G N'] | None",
     tiles: Tiles,
     tile: Tile,
@@ -141,7 +142,7 @@ def outer(
 
 
 def _gate_up(matrix_ref, start_ref, count_ref, token_ref, x_ref, w_ref, *refs, tile, F, scaled, keep):
-    scale_ref, refs = (refs[0], refs[1:]) if scaled else (None, refs)
+    scale_ref, refs = refs[0], refs[scaled:]
     j, t = pl.program_id(0), pl.program_id(1)
     count = count_ref[t]
 
@@ -242,7 +243,7 @@ def _widened(w, dtype):
     return jnp.where(bits >= 128, -value, value).astype(dtype)
 
 
-def _call(kernel, name, grid, out, tile, args) -> list[jax.Array]:
+def _call(kernel, name, grid, out, tile, args):
     for a in args:
         if offsets_overflow(a.shape, a.dtype):
             raise UsageError(

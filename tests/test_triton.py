@@ -1,0 +1,360 @@
+"""The GPU kernels through Triton, interpreted on a CPU, against NumPy in float64; which implementation is chosen; and,
+compiled for GPUs that are not here, registers, spills, instructions and memory at full size."""
+
+import itertools
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax import P
+from test_kernels import BFLOAT16, FLOAT32, SIZES, choose, grouped_in_numpy, normal, routed_densely, routed_in_numpy
+
+from glm_jax.errors import UsageError
+from glm_jax.kernels import choice, experts, grouped_matmul, routed_experts, tiles, triton
+from glm_jax.kernels.triton import Tile
+from glm_jax.sharding import mesh
+
+ROOT = Path(__file__).resolve().parents[1]
+E4M3: np.dtype = np.dtype(ml_dtypes.float8_e4m3fn)
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Kernels run on the CPU, with tiles so small that groups need several."""
+    monkeypatch.setattr(triton, "INTERPRET", True)
+    small = Tile(16, 32, 32, 4, 2)
+    monkeypatch.setattr(tiles, "tile", lambda kernel, device, shared, rows, E, N, K, x, w: small.within(32, 32))
+
+
+def quantised(w):
+    """FP8 numbers and the scale of each output channel, its largest number over 448; a row of zeros has scale 1."""
+    scale = np.abs(w.astype(np.float32)).max(-1) / 448
+    scale = np.where(scale == 0, 1, scale).astype(np.float32)
+    return (w.astype(np.float32) / scale[..., None]).astype(E4M3), scale
+
+
+def distance(got, want):
+    return np.sqrt(((np.asarray(got, np.float64) - want) ** 2).mean()) / want.std()
+
+
+def case(T, E, D, F, dtype, L=2, k=4):
+    seed = [int(n) for n in np.random.SeedSequence().generate_state(1)]  # fresh every time; the numbers have bounds
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((T, D)).astype(dtype)
+    gate_up = (rng.standard_normal((L, E, 2, F, D)) * D**-0.5).astype(dtype)
+    down = (rng.standard_normal((L, E, D, F)) * F**-0.5).astype(dtype)
+    ids, share = choose(T, E, k, seed[0])
+    return x, ids, share, gate_up, down
+
+
+# In bfloat16 what is between gate and down and each expert's answer are rounded: 2 to 3e-3 in the mean.
+BOUND = {FLOAT32: 2e-6, BFLOAT16: 5e-3}
+
+
+@pytest.mark.parametrize("T", [1, 3, triton.FEW + 1, 40])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
+def test_routed_experts(interpreted, T, dtype, fp8):
+    x, ids, share, gate_up, down = case(T, 6, 64, 96, dtype)
+    ids[ids == 2] -= 7  # another device's
+    (gate_up, a), (down, b) = (quantised(w) if fp8 else (w, np.ones(w.shape[:-1])) for w in (gate_up, down))
+    run = jax.jit(lambda *args: routed_experts(*args, implementation="triton"), static_argnums=6)
+    for layer in (0, 1):
+        out = run(x, ids, share, gate_up, down, layer, jnp.float32, (a, b) if fp8 else None)
+        wide = lambda w, s, at: w[at].astype(np.float64) * s[at][..., None]
+        want = routed_in_numpy(x, ids, share, wide(gate_up, a, layer), wide(down, b, layer))
+        assert out.dtype == FLOAT32 and distance(out, want) < BOUND[dtype]
+
+
+def test_fp8_weights_are_the_weights_within_their_rounding():
+    """GLM.md 8, row 24: 2.6 % of one linear layer's output, here for Gaussian weights."""
+    x, w = normal((64, 512)), normal((1, 1, 256, 512))
+    stored, scale = quantised(w)
+    y = jax.jit(grouped_matmul)(x, stored, np.asarray([64]), scales=scale)
+    assert 0.02 < distance(y, x.astype(np.float64) @ w[0, 0].T) < 0.03
+
+
+@pytest.mark.parametrize("T", [7, 40])
+def test_all_tokens_to_one_expert_and_all_elsewhere(interpreted, T):
+    x, ids, share, gate_up, down = case(T, 6, 32, 32, FLOAT32, L=1, k=3)
+    run = jax.jit(lambda *args: routed_experts(*args, implementation="triton"))
+    ids[:] = 4
+    want = routed_in_numpy(x, ids, share, gate_up[0], down[0])
+    assert distance(run(x, ids, share, gate_up, down), want) < BOUND[FLOAT32]
+    for stranger in (-1, 6, 2**30, -(2**30)):
+        assert not np.asarray(run(x, np.full_like(ids, stranger), share, gate_up, down)).any()
+
+
+def test_foreign_ids_read_nothing(interpreted):
+    """NaN in every matrix that nobody chose, and in what an interpreted kernel has not written."""
+    for T in (2, 40):
+        x, ids, share, gate_up, down = case(T, 6, 32, 32, FLOAT32, k=3)
+        ids -= 4
+        ids[0, 0] = 1  # one at least is here
+        gate_up[:, 2:], down[:, 2:], gate_up[0], down[0] = (np.nan,) * 4
+        out = jax.jit(lambda *args: routed_experts(*args, implementation="triton"))(x, ids, share, gate_up, down, 1)
+        want = routed_in_numpy(x, ids, share, gate_up[1], down[1])
+        assert distance(out, want) < BOUND[FLOAT32]
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_no_tokens(interpreted, implementation):
+    x, ids, share, gate_up, down = case(1, 3, 32, 16, BFLOAT16, k=2)
+    x, ids, share = x[:0], ids[:0], share[:0]
+    out = jax.jit(lambda *a: routed_experts(*a, implementation=implementation))(x, ids, share, gate_up, down)
+    assert out.shape == (0, 32) and out.dtype == FLOAT32
+    multiply = jax.jit(lambda *a: grouped_matmul(*a, implementation=implementation))
+    assert multiply(x[:, :16], normal((1, 3, 32, 16), BFLOAT16), np.zeros(3, np.int32)).shape == (0, 32)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_gradients(interpreted, dtype):
+    x, ids, share, gate_up, down = case(40, 7, 64, 32, dtype, k=3)
+    ids[ids == 2] = -1  # nobody here chooses expert 2
+    pull = normal((40, 64), seed=1)
+
+    def ours(x, share, gate_up, down):
+        return (routed_experts(x, jnp.asarray(ids), share, gate_up, down, 1, implementation="triton") * pull).sum()
+
+    def theirs(x, share, gate_up, down):
+        return (routed_densely(x, ids, share, gate_up[1], down[1]) * pull).sum()
+
+    wide = (a.astype(FLOAT32) for a in (x, share, gate_up, down))
+    got = jax.jit(jax.grad(ours, (0, 1, 2, 3)))(x, share, gate_up, down)
+    want = jax.jit(jax.grad(theirs, (0, 1, 2, 3)))(*wide)
+    for name, g, w in zip(("x", "share", "gate_up", "down"), got, want, strict=True):
+        assert g.shape == w.shape and g.dtype == (np.float32 if name == "share" else dtype)
+        assert distance(g, np.asarray(w)) < (5e-6 if dtype == FLOAT32 else 1e-2), name
+    for g in got[2:]:
+        assert not np.asarray(g[0]).any() and not np.asarray(g[1, 2]).any()  # another layer; an empty expert
+        assert np.asarray(g[1, 3]).any()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_gradients_through_frozen_fp8_weights(interpreted, implementation):
+    """Of the tokens and the shares, as through the same numbers in float32."""
+    x, ids, share, gate_up, down = case(40, 7, 64, 32, FLOAT32, k=3)
+    (gate_up, a), (down, b) = quantised(gate_up), quantised(down)
+    pull = normal((40, 64), seed=1)
+
+    def ours(x, share):
+        args = x, jnp.asarray(ids), share, jnp.asarray(gate_up), jnp.asarray(down), 1, jnp.float32
+        return (routed_experts(*args, (jnp.asarray(a), jnp.asarray(b)), implementation=implementation) * pull).sum()
+
+    wide = lambda w, s: w[1].astype(np.float32) * s[1][..., None]
+    theirs = lambda x, share: (routed_densely(x, ids, share, wide(gate_up, a), wide(down, b)) * pull).sum()
+    for g, w in zip(*(jax.jit(jax.grad(f, (0, 1)))(x, share) for f in (ours, theirs)), strict=True):
+        # What goes back is rounded to the tokens' dtype once it has met the scales.
+        assert distance(g, np.asarray(w)) < 1e-5
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_grouped_matmul(interpreted, sizes, dtype):
+    if sum(sizes) > 600:
+        sizes = [n // 4 for n in sizes]
+    rows = max(1, sum(sizes) + 9)
+    lhs, rhs = normal((rows, 32), dtype), normal((2, len(sizes), 64, 32), dtype)
+    out = jax.jit(lambda *a: grouped_matmul(*a, implementation="triton"))(lhs, rhs, np.asarray(sizes, np.int32), 1)
+    want = grouped_in_numpy(lhs, rhs[1], sizes)
+    rtol = 2**-8 if dtype == BFLOAT16 else 0
+    np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=rtol, atol=1e-6)
+    assert not np.asarray(out)[sum(sizes) :].any()
+
+
+def test_gradients_of_grouped_matmul(interpreted):
+    sizes = [30, 0, 19, 1]
+    lhs, rhs, pull = normal((52, 32)), normal((2, 4, 64, 32)), normal((52, 64), seed=1)
+    group = np.repeat(np.arange(5), [*sizes, 2])
+    dense = lambda lhs, rhs: jnp.einsum("mk,enk,me->mn", lhs, rhs[1], jnp.eye(5)[group, :4], precision="highest")
+    ours = lambda lhs, rhs: grouped_matmul(lhs, rhs, jnp.asarray(sizes), 1, implementation="triton")
+    got, want = (jax.jit(jax.grad(lambda *a, f=f: (f(*a) * pull).sum(), (0, 1)))(lhs, rhs) for f in (ours, dense))
+    for g, w in zip(got, want, strict=True):
+        assert distance(g, np.asarray(w)) < 5e-6
+    assert not np.asarray(got[0][-2:]).any() and not np.asarray(got[1][1, 1]).any()
+
+
+def test_runs_are_bit_identical(interpreted):
+    x, ids, share, gate_up, down = case(40, 6, 32, 32, BFLOAT16, k=3)
+    run = jax.jit(lambda *args: routed_experts(*args, implementation="triton"))
+    first = np.asarray(run(x, ids, share, gate_up, down))
+    assert all(np.array_equal(first, run(x, ids, share, gate_up, down)) for _ in range(3))
+
+
+@pytest.mark.parametrize("T", [2, 24])
+def test_inside_shard_map(interpreted, T):
+    """On eight devices, experts over four and their width over two. Interpreted kernels know nothing of what varies
+    over devices, so that this is not checked here: compiled, in the model, it is (test_plan.py)."""
+    x, ids, share, gate_up, down = case(T, 16, 32, 64, FLOAT32, k=3)
+
+    def routed(x, ids, share, gate_up, down):
+        first = jax.lax.axis_index("expert") * down.shape[1]
+        y = routed_experts(x, ids - first, share, gate_up, down, jnp.int32(1), implementation="triton")
+        return jax.lax.psum(y, ("expert", "tensor"))
+
+    weights = P(None, "expert", None, "tensor", None), P(None, "expert", None, "tensor")
+    with jax.set_mesh(mesh("expert=4,tensor=2")):
+        specs = (P(), P(), P(), *weights)
+        on_mesh = jax.shard_map(routed, in_specs=specs, out_specs=P(), check_vma=False)
+        args = [jax.device_put(a, s) for a, s in zip((x, ids, share, gate_up, down), specs, strict=True)]
+        out = jax.jit(on_mesh)(*args)
+    assert distance(out, routed_in_numpy(x, ids, share, gate_up[1], down[1])) < BOUND[FLOAT32]
+
+
+def test_every_e4m3_number_from_its_byte():
+    """For GPUs that do not know FP8: exactly, subnormals, both zeros and NaN too."""
+    codes = np.arange(256, dtype=np.uint8)
+    got, want = (np.asarray(a, np.float32) for a in (triton._widened(codes, BFLOAT16), codes.view(E4M3)))
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(np.signbit(got), np.signbit(want))
+
+
+def test_bytes_on_gpus_that_do_not_know_fp8(interpreted, monkeypatch):
+    monkeypatch.setattr(choice, "capability", lambda kind: (8, 0))
+    x, ids, share, gate_up, down = case(9, 6, 64, 32, BFLOAT16)
+    (gate_up, a), (down, b) = quantised(gate_up), quantised(down)
+    args = x, ids, share, gate_up, down, 0, jnp.float32, (a, b)
+    run = lambda *args: routed_experts(*args[:5], 0, jnp.float32, args[5], implementation="triton")
+    assert "uint8" in str(jax.make_jaxpr(run)(*args[:5], args[7]))
+    want = routed_in_numpy(x, ids, share, gate_up[0] * a[0][..., None], down[0] * b[0][..., None])
+    assert distance(jax.jit(run)(*args[:5], args[7]), want) < BOUND[BFLOAT16]
+
+
+# ---- which implementation
+
+
+def weights(*shape, dtype="bfloat16"):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+X, W = weights(8, 5120), weights(89, 160, 2, 1536, 5120)
+
+
+def test_auto_takes_the_kernel_on_gpus_and_xla_elsewhere():
+    for kind in (H100, "NVIDIA A100-SXM4-80GB", "NVIDIA L4", "NVIDIA B200"):
+        assert choice.choose("auto", kind, X, [W]) == "triton"
+        assert choice.choose("xla", kind, X, [W]) == "xla"
+    for kind in ("cpu", "", "TPU v5", "TPU7x"):
+        assert choice.choose("auto", kind, X, [W]) == "xla"
+
+
+@pytest.mark.parametrize(
+    "kind, x, w, words",
+    [
+        ("cpu", X, W, "compute capability 8.0 or more, the device is 'cpu'"),
+        ("TPU v5", X, W, "the device is 'TPU v5'"),
+        ("Tesla V100-SXM2-16GB", X, W, "compute capability 8.0"),
+        (H100, X, weights(1, 4, 2, 24, 5120), "a side of 24, which is no multiple of 16"),
+        (H100, X, weights(1, 160, 2, 1536, 5120, dtype="float8_e4m3fn"), "2,516,582,400 numbers of one byte"),
+        (H100, weights(8, 5120, dtype="float32"), W, "it multiplies bfloat16 or float16, not float32"),
+        (H100, weights(8, 5120, dtype="float16"), W, "weights of bfloat16 with states of float16"),
+    ],
+)
+def test_a_forced_kernel_that_cannot_run_says_why(kind, x, w, words, caplog):
+    with pytest.raises(UsageError, match="implementation='triton' cannot run here") as error:
+        choice.choose("triton", kind, x, [w])
+    assert words in str(error.value)
+    choice._say.cache_clear()
+    with caplog.at_level(logging.WARNING, "glm_jax"):
+        assert choice.choose("auto", kind, x, [w]) == choice.choose("auto", kind, x, [w]) == "xla"
+    assert len(caplog.messages) == ("NVIDIA" in kind)  # once, and not where nobody expects a kernel
+
+
+def test_what_is_wrong_is_said():
+    x, ids, share, gate_up, down = map(jnp.asarray, case(3, 4, 32, 16, FLOAT32, k=2))
+    with pytest.raises(UsageError, match="implementation='cuda': it is one of auto, xla, triton"):
+        routed_experts(x, ids, share, gate_up, down, implementation="cuda")
+    with pytest.raises(UsageError, match="weights of float8_e4m3fn and float8_e4m3fn without scales"):
+        routed_experts(x, ids, share, gate_up.astype(E4M3), down.astype(E4M3))
+    with pytest.raises(UsageError, match="weights of float32 with scales"):
+        grouped_matmul(x, down.swapaxes(2, 3), jnp.ones(4, jnp.int32), scales=jnp.ones((2, 4, 16)))
+
+
+def test_offsets_of_one_byte_numbers():
+    """Between 2^31 numbers and 2^32 bytes; GLM-4.6's experts in FP8 are, all of one layer on one device."""
+    assert triton.offsets_overflow((160, 3072, 5120), E4M3) and not triton.offsets_overflow((2, 160, 3072, 5120), E4M3)
+    assert not triton.offsets_overflow((20, 3072, 5120), E4M3) and not triton.offsets_overflow((2**31,), E4M3)
+    assert triton.offsets_overflow((2**32,), np.uint8) and not triton.offsets_overflow((160, 3072, 5120), BFLOAT16)
+
+
+# ---- tiles
+
+
+def test_tiles_cover_every_row_once():
+    for sizes, height in itertools.product([*SIZES.values(), [0] * 160, [7] * 160], (16, 64)):
+        M = max(1, sum(sizes) + 3)
+        made = jax.jit(triton.tiles_of, static_argnums=(1, 2))(np.asarray(sizes), M, height, 5)
+        columns = (np.asarray(a).tolist() for a in (made.matrix, made.start, made.count))
+        rows = [(m - 5, r) for m, s, n in zip(*columns, strict=True) for r in range(s, s + n)]
+        assert rows == [(e, r) for e, r in zip(np.repeat(np.arange(len(sizes)), sizes), range(sum(sizes)), strict=True)]
+        assert int(made.count.max()) <= height
+
+
+@pytest.mark.parametrize("N, K", [(1536, 5120), (1408, 4096), (192, 5120), (96, 5120), (48, 80)])
+def test_tiles_divide_and_fit(N, K):
+    for kernel, (rows, groups), wide, shared in itertools.product(
+        ("gate_up", "matmul", "outer"),
+        ((1, 160), (8 * 64, 160), (8 * 4096, 20)),
+        (BFLOAT16, E4M3, FLOAT32),
+        (101_376, 166_912, 232_448),
+    ):
+        x = FLOAT32 if wide == FLOAT32 else BFLOAT16
+        made = tiles.tile(kernel, "", shared, rows, groups, 2 * N if kernel == "gate_up" else N, K, x, wide)
+        assert N % made.n == 0 or kernel == "outer"
+        assert K % (made.n if kernel == "outer" else made.k) == 0
+        matrices = 2 if kernel == "gate_up" else 1
+        assert made.stages * made.k * (made.m * x.itemsize + matrices * made.n * wide.itemsize) <= shared
+
+
+def test_measured_tiles_are_taken(monkeypatch):
+    found = [{"rows": r, "N": 3072, "K": 5120, "tile": [16, 64, 64, 4, s]} for r, s in ((1, 2), (64, 3))]
+    monkeypatch.setattr(tiles, "_measured", lambda device, kernel, weights: found)
+    made = lambda rows: tiles.tile("gate_up", H100, 232_448, rows, 1, 3072, 5120, BFLOAT16, BFLOAT16)
+    assert (made(2).stages, made(60).stages) == (2, 3)
+
+
+# ---- compiled for GPUs that are not here
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    "device, model, wide, tokens, flags",
+    [
+        ("h100", "glm-4.6", "bfloat16", (1, 64, 4096), ()),
+        ("h100", "glm-4.6", "float8_e4m3fn", (64,), ()),
+        ("h100", "glm-4.5-air", "bfloat16", (2048,), ("--train", "--experts", "16")),
+        ("a100", "glm-4.6", "float8_e4m3fn", (64,), ("--experts", "20")),
+    ],
+    ids=lambda v: v if isinstance(v, str) else None,
+)
+def test_compiled_without_a_gpu(device, model, wide, tokens, flags):
+    """At full size: nothing is spilt, tiles of 64 rows and more multiply by wgmma on Hopper, and no temporary is as
+    large as a layer's weights. (More shared memory than a block may have does not compile.)"""
+    argv = [sys.executable, "tests/compile_kernels.py", device, model, wide, *map(str, tokens), *flags]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, env=env, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    found = [line for line in lines if "kernel" in line]
+    assert len(found) >= (4 if "--train" in flags else 2) * len(tokens)
+    for kernel in found:
+        assert kernel["spilt"] == 0 and kernel["registers"] <= 255, kernel
+        rows = kernel["tokens"] * 8 / (16 if flags else 160)
+        if device == "h100" and (rows > 32 or "outer" in kernel["kernel"]):
+            assert kernel["mma"] == ["wgmma"], kernel
+    for line in lines:
+        if "temporary_bytes" in line:  # experts of GLM-4.6: 7,200 MiB a layer; the rows of 4,096 tokens take 416
+            assert line["temporary_bytes"] < (1100 if "--train" in flags else 600) << 20, line
+
+
+def test_a_plan_is_hashable_and_alike():
+    assert experts.Plan(H100, 3) == experts.Plan(H100, 3) and hash(experts.Plan(H100, 3))
