@@ -83,7 +83,7 @@ def _is_gpu(kind: str) -> bool:
 
 
 def _why_not_triton(kind, x, weights) -> str:
-    found = (9, 0) if triton.INTERPRET else capability(kind)
+    found: Any = (9, 0) if triton.INTERPRET else capability(kind)
     if found is None or found < (8, 0):
         return f"it needs an NVIDIA GPU of compute capability 8.0 or more, the device is {kind or 'unknown'!r}"
     if x.dtype not in (jnp.bfloat16, jnp.float16) and not triton.INTERPRET:  # float32 has no tensor cores, and spills
