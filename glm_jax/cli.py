@@ -371,10 +371,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"glm-jax {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     add = lambda verb, run, groups: _verb(verbs, verb, run, groups)
-    p = add("generate", generate, (_model_flags, _memory_flag, _process_flags, _sampling_flags, _chat_flags))
+    p = add(
+        "generate", generate, (_model_flags, _kernels_flag, _memory_flag, _process_flags, _sampling_flags, _chat_flags)
+    )
     p.add_argument("--prompt", "-p", metavar="TEXT", help="what to go on from, or to answer; - reads stdin")
     p.add_argument("--raw", action="store_true", help="no chat template: the text is the prompt")
-    p = add("chat", chat, (_model_flags, _memory_flag, _process_flags, _sampling_flags, _chat_flags))
+    p = add("chat", chat, (_model_flags, _kernels_flag, _memory_flag, _process_flags, _sampling_flags, _chat_flags))
     p = add("inspect", inspect, (_model_flags,))
     p.add_argument("path", nargs="?", help="a folder, a Hub id, or glm-4.5, glm-4.5-air, glm-4.6, glm-4.7")
     p = add("plan", plan, (_model_flags,))
@@ -419,6 +421,15 @@ def _hub_flags(p: argparse.ArgumentParser):
     p.add_argument("--revision", help="of a Hub id: branch, tag or commit")
     p.add_argument("--token", help="for the Hub (default: the one you logged in with)")
     p.add_argument("--offline", action="store_true", help="never go to the Hub, use what is downloaded")
+
+
+def _kernels_flag(p: argparse.ArgumentParser):
+    p.add_argument(
+        "--kernels",
+        default="auto",
+        choices=("auto", "xla", "pallas", "triton"),
+        help="of the experts' matmuls: the device's fastest, none, or these and no other (default auto)",
+    )
 
 
 def _memory_flag(p: argparse.ArgumentParser):
@@ -502,7 +513,8 @@ def _tools(path: str | None) -> list[dict] | None:
 def _load(args: argparse.Namespace):
     from glm_jax.loading import DEMO, load
 
-    options = {key: getattr(args, key) for key in ("mesh", "rules", "dtype", "layers", "revision", "token", "offline")}
+    names = ("mesh", "rules", "dtype", "layers", "kernels", "revision", "token", "offline")
+    options = {key: getattr(args, key) for key in names}
     options |= {"memory": args.memory} if args.memory is not None else {}
     with console.progress("loading", args.quiet) as progress:
         model, tokenizer = load(args.model or DEMO, **options, progress=progress)

@@ -15,7 +15,7 @@ from glm_jax.convert import hf, table
 from glm_jax.convert.hub import fetch, fetch_weights
 from glm_jax.convert.safetensors import Tensor, read_folder, read_index
 from glm_jax.errors import BadInput, DestinationError, UsageError
-from glm_jax.model import GLM, check_mesh
+from glm_jax.model import GLM, check_kernels, check_mesh
 from glm_jax.planner import default_mesh, first_layers, refuse_if_too_large
 from glm_jax.processes import agreed, count, exchange, index
 from glm_jax.sharding import Rules, describe
@@ -33,6 +33,7 @@ def load(
     dtype: str | None = None,
     layers: int | None = None,
     *,
+    kernels: str = "auto",
     revision: str | None = None,
     token: str | None = None,
     offline: bool = False,
@@ -43,9 +44,9 @@ def load(
 
     `mesh` as in "expert=4,tensor=2", default: all devices, experts spread as far as they go. `dtype` ("bfloat16" or
     "float32") of weights and compute, default as stored; the router bias stays float32. `layers=N` reads the first N
-    layers only. `memory` is how many bytes of the host's may hold weights on their way to devices; for devices that
-    are the host each is read where it stays. `progress(done, total)` is told bytes. Everything is checked, the devices'
-    memory too, before a weight is read.
+    layers only. `kernels` of the experts' matmuls: "auto", "xla", "pallas" or "triton". `memory` is how many bytes of
+    the host's may hold weights on their way to devices; for devices that are the host each is read where it stays.
+    `progress(done, total)` is told bytes. Everything is checked, the devices' memory too, before a weight is read.
     Raises BadInput, MissingInput, NoSpace or UsageError, each with one line that says what to change."""
     options: dict[str, Any] = {"revision": revision, "token": token, "offline": offline}
     devices = jax.devices()  # of several processes the first to ask waits for the others
@@ -62,6 +63,7 @@ def load(
     with agreed():
         mesh = make_mesh(mesh)
         check_mesh(config, mesh, rules)
+        check_kernels(config, mesh, rules, kernels)
         _check_all_take_part(mesh)
         tokenizer = Tokenizer.read(folder)
         if tokenizer and tokenizer.size > config.vocab_size:
@@ -76,7 +78,7 @@ def load(
     if count() > 1:
         shapes = sorted((t.name, t.dtype, t.shape, t.offset) for t in tensors.values())
         _check_same(config, shapes, describe(mesh), rules)
-    model = GLM(config, mesh, rules, seed=None)
+    model = GLM(config, mesh, rules, seed=None, kernels=kernels)
     if tokenizer:
         tokenizer.stop_ids = config.eos_token_id
         model.token_limit = tokenizer.size

@@ -314,7 +314,7 @@ class MoE(nnx.Module):
 
             def work(tokens, ids, share, dtype):
                 weights = gate_up, down, layer
-                return kernels.routed_experts(tokens, ids - first, share, *weights, dtype, device=kind)
+                return kernels.routed_experts(tokens, ids - first, share, *weights, dtype, None, step.kernels, kind)
 
             if not dispatch.sends(jax.lax.axis_size(own) if own else 1, kind):
                 y = dispatch.gathered(tokens, ids, share, work, own)
@@ -367,6 +367,7 @@ class Step:
     def __init__(self, model: "GLM", rules: Rules, start, real, fresh=False):
         """start [B]: the position of each row's first token; real [B, T]: which are tokens and not padding."""
         self.config, self.mesh, self.rules, self.fresh = model.config, model.mesh, rules, fresh
+        self.kernels = model.kernels
         self.start, self.real = jax.reshard(start, rules("batch")), jax.reshard(real, rules("batch", "seq"))
         places = jnp.broadcast_to(jnp.arange(real.shape[1], dtype=jnp.int32), real.shape)
         self.places = jax.reshard(places, rules("batch", "seq"))  # [B, T], where among the new tokens
@@ -390,12 +391,21 @@ class GLM(nnx.Module):
     """The model. `logits, cache = model(ids)`.
 
     `GLM(config)` has random weights (`seed`), spread over `mesh` by `rules`; with `seed=None` the weights stay
-    abstract, shapes and shardings only. `mesh` is a text as "expert=4,tensor=2", a Mesh, or None for one device."""
+    abstract, shapes and shardings only. `mesh` is a text as "expert=4,tensor=2", a Mesh, or None for one device.
+    `kernels` of the experts' matmuls: "auto", "xla" (none), "pallas" or "triton"; an error where they cannot run."""
 
-    def __init__(self, config: Config, mesh=None, rules: "str | Rules" = "ep", seed: int | None = 0):
-        self.config, self.rules = config, make_rules(rules)
+    def __init__(
+        self,
+        config: Config,
+        mesh=None,
+        rules: "str | Rules" = "ep",
+        seed: int | None = 0,
+        kernels: str = "auto",
+    ):
+        self.config, self.rules, self.kernels = config, make_rules(rules), kernels
         self.mesh: Any = make_mesh(mesh or "")  # a Mesh; an AbstractMesh while planning
         check_mesh(config, self.mesh, self.rules)
+        check_kernels(config, self.mesh, self.rules, kernels)
         self.kv_axes = kv_axes(config, self.mesh, self.rules)
         self.token_limit = config.vocab_size  # ids from here on are padding and never sampled: the loader knows
         D, weight = config.hidden_size, functools.partial(_weight, self)
@@ -735,6 +745,15 @@ def check_mesh(config: Config, mesh, rules: Rules) -> None:
         )
     if problems := list(undivided(config, mesh, rules)):
         raise UsageError(f"--mesh {describe(mesh)}: " + "; ".join(problems))
+
+
+def check_kernels(config: Config, mesh, rules: Rules, implementation: str) -> None:
+    """Raises UsageError for kernels that the experts' matmuls cannot have on the mesh's devices."""
+    c, F = config, config.moe_intermediate_size // axes_size(mesh, rules.expert_ffn)
+    D, E, L = c.hidden_size, c.n_routed_experts // axes_size(mesh, rules.experts), max(1, c.moe_layers)
+    shape = lambda *dims: jax.ShapeDtypeStruct(dims, c.dtype)
+    if implementation != "auto":
+        kernels.choose(implementation, device_kind(mesh), shape(1, D), [shape(L, E, 2, F, D), shape(L, E, D, F)])
 
 
 def undivided(config: Config, mesh, rules: Rules):

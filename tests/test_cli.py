@@ -251,6 +251,7 @@ def test_a_wrong_folder(kind, copy, capfd):
             "--rules zero: unknown, the presets are ep, latency, tp, fsdp, long",
         ),
         (("generate", "-p", "x", "--dtype", "int8"), "argument --dtype: invalid choice: 'int8'"),
+        (("generate", "-p", "x", "--kernels", "pallas"), "kernels 'pallas' cannot run here: it needs an NVIDIA GPU"),
         (("generate", "-p", "x", "--layers", "0"), "--layers 0: this model has 1 to 3"),
         (("generate", "-p", "x", "--layers", "four"), "argument --layers: invalid int value: 'four'"),
         (("generate", "-p", "x", "--temperature", "warm"), "--temperature warm: must be a number, or auto"),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from glm_jax.errors import UsageError
 from glm_jax.kernels import triton
 
-IMPLEMENTATIONS = ("auto", "xla", "triton")
+IMPLEMENTATIONS = ("auto", "xla", "pallas", "triton")  # pallas: the platform's kernels, an error where it has none
 # Compute capability and bytes of shared memory a block, of kinds to compile for that are not here; a GPU that is here
 # says its own capability.
 SHARED: dict[tuple[int, ...], int] = {
@@ -67,13 +67,13 @@ def choose(implementation: str, kind: str, x: Any, weights: list) -> str:
     Raises UsageError for an unknown name, and for one that cannot run, with the reason. "auto" says once in the log
     why a GPU does without a kernel."""
     if implementation not in IMPLEMENTATIONS:
-        raise UsageError(f"implementation={implementation!r}: it is one of {', '.join(IMPLEMENTATIONS)}")
+        raise UsageError(f"kernels {implementation!r}: they are one of {', '.join(IMPLEMENTATIONS)}")
     if implementation == "xla" or (implementation == "auto" and not _is_gpu(kind)):
         return "xla"
     if not (reason := _why_not_triton(kind, x, weights)):
         return "triton"
-    if implementation == "triton":
-        raise UsageError(f"implementation='triton' cannot run here: {reason}; 'auto' takes what can")
+    if implementation != "auto":
+        raise UsageError(f"kernels {implementation!r} cannot run here: {reason}; 'auto' takes what can")
     _say(f"the experts' matmuls run without a kernel on {kind}: {reason}")
     return "xla"
 

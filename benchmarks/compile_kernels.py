@@ -1,0 +1,153 @@
+"""What the compilers for GPUs make of the experts' kernels at full size, without a GPU: registers and bytes spilt of
+each, its matrix instructions, and the temporary bytes of the step around it.
+
+    python benchmarks/compile_kernels.py                 all cases, a process each; writes results/kernels.jsonl
+    python benchmarks/compile_kernels.py --only h100
+    python benchmarks/compile_kernels.py --case h100 glm-4.6 bfloat16 160 decode 64
+
+A "decode" step is four layers in a scan, the stack closed over; "train" is one layer's gradients. A program that takes
+more shared memory than a block may have does not compile. Needs jax's CUDA plugin (docs/plan.md) and no driver."""
+
+import argparse
+import glob
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "kernels.jsonl"
+FIELDS = ("device", "model", "weights", "experts", "step", "tokens")
+CASES: list[tuple] = [
+    *[("h100", "glm-4.6", "bfloat16", 160, "decode", T) for T in (1, 8, 64, 256, 1024, 4096, 16384)],
+    *[("h100", "glm-4.6", "bfloat16", 20, "decode", T) for T in (8, 512, 8192)],
+    *[("h100", "glm-4.6", "float8_e4m3fn", 160, "decode", T) for T in (1, 64, 1024, 4096)],
+    *[("h100", "glm-4.5-air", "bfloat16", 128, "decode", T) for T in (1, 64, 1024, 4096)],
+    ("h100", "glm-4.5-air", "float8_e4m3fn", 128, "decode", 64),
+    *[("h100", "glm-4.6", "bfloat16", 20, "train", T) for T in (64, 4096)],
+    ("h100", "glm-4.5-air", "bfloat16", 16, "train", 4096),
+    *[(d, "glm-4.6", "bfloat16", 20, "decode", T) for d in ("a100", "b200") for T in (1, 64, 4096)],
+    *[("a100", "glm-4.6", "float8_e4m3fn", 20, "decode", T) for T in (1, 64, 4096)],
+]
+
+
+def compiled(device: str, model: str, wide: str, E: int, step: str, T: int) -> dict:
+    """One case, in this process, which sets where XLA writes its PTX before jax starts."""
+    dump = tempfile.mkdtemp()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = f"--xla_dump_to={dump} --xla_dump_emitter_re=.*"
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # what is not compiled leaves no PTX
+    sys.path.insert(0, str(ROOT))
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from glm_jax.config import preset
+    from glm_jax.kernels import routed_experts
+    from glm_jax.targets import chip, topology
+
+    c, kind, L = preset(model), chip(device).kind, 4 if step == "decode" else 1
+    F, D = c.moe_intermediate_size, c.hidden_size
+    mesh = jax.sharding.Mesh(np.array(topology(f"{device}:1")), ("x",))
+    array = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype, sharding=jax.NamedSharding(mesh, jax.P()))
+    x, ids, share = array("bfloat16", T, D), array("int32", T, 8), array("float32", T, 8)
+    weights = array(wide, L, E, 2, F, D), array(wide, L, E, D, F)
+    scales = (array("float32", L, E, 2, F), array("float32", L, E, D)) if jnp.dtype(wide).itemsize == 1 else None
+
+    def experts(x, ids, share, gate_up, down, scales, i):
+        return routed_experts(x, ids, share, gate_up, down, i, x.dtype, scales, "triton", kind)
+
+    def decode(x, *rest):
+        body = lambda x, i: (x + experts(x, *rest, i), None)
+        return jax.lax.scan(body, x, jnp.arange(L, dtype=jnp.int32))[0]
+
+    def loss(x, share, gate_up, down, ids):
+        return experts(x, ids, share, gate_up, down, None, jnp.int32(0)).astype(jnp.float32).sum()
+
+    if step == "decode":
+        traced = jax.jit(decode).trace(x, ids, share, *weights, scales)
+    else:
+        traced = jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(x, share, *weights, ids)
+    program = traced.lower(lowering_platforms=("cuda",)).compile()
+    kernels = {}
+    for file in sorted(glob.glob(f"{dump}/*.ptx")):
+        text = Path(file).read_text()
+        for entry in re.findall(r"\.entry (glm_\w+)", text):
+            kernels.setdefault(entry, assembled(text))
+    used = program.memory_analysis()
+    assert used is not None
+    case = dict(zip(FIELDS, (device, model, wide, E, step, T), strict=True))
+    return case | {"kernels": kernels, "temporary_bytes": used.temp_size_in_bytes}
+
+
+def assembled(ptx: str) -> dict:
+    """What ptxas says of a kernel, and the kinds of matrix instruction in it."""
+    import nvidia  # a namespace that the CUDA wheels share
+
+    ptxas = next(p for root in nvidia.__path__ for p in glob.glob(f"{root}/*/bin/ptxas"))
+    arch = next(iter(re.findall(r"\.target (\w+)", ptx)))
+    argv = [ptxas, "-v", f"-arch={arch}", "-o", os.devnull, "-"]
+    done = subprocess.run(argv, input=ptx, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    number = lambda pattern: sum(map(int, re.findall(pattern, said)))
+    kinds = {kind for kind in ("wgmma.mma", "tcgen05.mma", "mma.sync") if re.search(rf"\b{re.escape(kind)}", ptx)}
+    return {
+        "arch": arch,
+        "registers": number(r"Used (\d+) registers"),
+        "spilt": number(r"(\d+) bytes spill"),
+        "mma": sorted(kind.split(".")[0] for kind in kinds),
+    }
+
+
+def rows(line: dict) -> list[str]:
+    """The table's rows of a case."""
+    head = [str(line[f]) for f in FIELDS]
+    return [
+        "| "
+        + " | ".join([*head, name, str(k["registers"]), str(k["spilt"]), " ".join(k["mma"])])
+        + f" | {line['temporary_bytes'] / 2**20:,.0f} |"
+        for name, k in line["kernels"].items()
+    ]
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--only", default="", help="the cases whose line has this text in it")
+    p.add_argument("--table", action="store_true", help="compile nothing")
+    p.add_argument("--case", nargs=6, metavar=tuple(f.upper() for f in FIELDS), help="one case, its line to stdout")
+    args = p.parse_args()
+    if args.case:
+        device, model, wide, experts, step, tokens = args.case
+        print(json.dumps(compiled(device, model, wide, int(experts), step, int(tokens))))
+        return 0
+    from compile_table import versions
+
+    failed = 0
+    lines = [json.loads(text) for text in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    last = {tuple(line[f] for f in FIELDS): line for line in lines}
+    for case in CASES:
+        if args.table or args.only not in " ".join(map(str, case)):
+            continue
+        argv = [sys.executable, __file__, "--case", *map(str, case)]
+        made = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
+        if made.returncode:
+            failed += 1
+            print(*case, "failed:", *made.stderr.strip().splitlines()[-1:], file=sys.stderr, flush=True)
+            continue
+        last[case] = json.loads(made.stdout.strip().splitlines()[-1]) | versions()
+        print(*rows(last[case]), sep="\n", file=sys.stderr, flush=True)
+        RESULTS.write_text("".join(json.dumps(last[case]) + "\n" for case in CASES if case in last))
+    headings = [*FIELDS, "kernel", "registers", "bytes spilt", "instructions", "temporaries MiB"]
+    print("| " + " | ".join(headings) + " |\n|" + "---|" * len(headings))
+    for case in CASES:
+        if case in last and args.only in " ".join(map(str, case)):
+            print(*rows(last[case]), sep="\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
