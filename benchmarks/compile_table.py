@@ -69,7 +69,7 @@ def versions() -> dict:
             return None
 
     git = lambda *args: subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    changed = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
+    changed = git("status", "--porcelain", "-uno", "--", "glm_jax", "sharding", "convert", "benchmarks/*.py")
     commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     return {"commit": commit} | {p: installed(p) for p in ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin")}
 
