@@ -4,13 +4,16 @@
     PYTHONPATH=. python benchmarks/gpu.py --dry      # the same at toy sizes on any machine, nothing written
 
 Checks: the stored logits of transformers, the demo's greedy text against this machine's CPU, and the routed experts
-against float64. Speed: the routed experts of one layer of GLM-4.6, and prompts and generation with the first layers of
-GLM-4.5-Air, random weights made on the device. Every number is printed as it is measured; at the end one JSON line goes
-to benchmarks/results/gpu.jsonl. A check that fails is a number too: exit code 1, and the rest still runs."""
+against float64. Speed: the routed experts of one layer of GLM-4.6 (experts_gpu.py; it takes `--minutes`), and prompts
+and generation with the first layers of GLM-4.5-Air, random weights made on the device. Every number is printed as it is
+measured; at the end one JSON line goes to benchmarks/results/gpu.jsonl. A check that fails is a number too: exit code
+1, and the rest still runs."""
 
 import argparse
 import dataclasses
+import functools
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -22,11 +25,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch, in a process of its own, needs memory too
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from experts_gpu import BF16, FP8, experts_speed, implementation, layers, random_weights  # noqa: E402
 
 from glm_jax import GLM, generate_ids, load  # noqa: E402
 from glm_jax.config import preset, tiny  # noqa: E402
@@ -59,58 +64,94 @@ def demo_text(dry: bool) -> dict:
     return {"equal": rows[0] == rows[1], "ok": rows[0] == rows[1]}
 
 
-def experts_case(T, E, F, D, dtype, k=8):
-    keys = jax.random.split(jax.random.key(0), 4)
-    x = jax.random.normal(keys[0], (T, D), dtype)
-    ids = jnp.argsort(jax.random.uniform(keys[1], (T, E)), -1)[:, :k].astype(jnp.int32)
-    share = jnp.full((T, k), 1 / k, jnp.float32)
-    gate_up = (jax.random.normal(keys[2], (1, E, 2, F, D), jnp.float32) * D**-0.5).astype(dtype)
-    down = (jax.random.normal(keys[3], (1, E, D, F), jnp.float32) * F**-0.5).astype(dtype)
-    return x, ids, share, gate_up, down
+def in_float64(tokens, x, ids, share, gate_up, down, layer, scales) -> np.ndarray:
+    """The routed experts' answers to some tokens, of which an expert at a time leaves the device."""
+    wide = lambda a: np.asarray(a).astype(np.float64)
+    x, ids, share = wide(x[tokens]), np.asarray(ids)[tokens], wide(share)[tokens]
+    out = np.zeros((len(tokens), x.shape[1]))
+    for e in np.unique(ids):
+        w, v = (wide(a[layer, e]) for a in (gate_up, down))
+        if scales:
+            w, v = (a * wide(s[layer, e])[..., None] for a, s in zip((w, v), scales, strict=True))
+        at, choice = np.nonzero(ids == e)
+        gate, up = x[at] @ w[0].T, x[at] @ w[1].T
+        out[at] += share[at, choice, None] * ((gate / (1 + np.exp(-gate)) * up) @ v.T)
+    return out
+
+
+def experts_case(T, among, k, D, dtype):
+    """Tokens, ids of the experts `among`, shares."""
+    rng = np.random.default_rng(T)
+    ids = among[np.argsort(rng.random((T, len(among))), 1)[:, :k]].astype(np.int32)
+    share = rng.uniform(0.5, 1.5, (T, k)).astype(np.float32) / k
+    return jax.random.normal(jax.random.key(T), (T, D), dtype), jnp.asarray(ids), jnp.asarray(share)
+
+
+def far(got, want) -> float:
+    """The root mean square of the error, in standard deviations."""
+    got, want = (np.asarray(a).astype(np.float64) for a in (got, want))
+    return float(np.sqrt(((got - want) ** 2).mean()) / want.std())
 
 
 def experts_error(dry: bool) -> dict:
-    """The error of the routed experts against float64, root mean square, in standard deviations."""
+    """The error of the routed experts against float64, of up to 16 tokens; whether they are the same bits twice; and
+    the error of their gradients against float32's."""
     E, F, D = (4, 24, 32) if dry else (20, 1536, 5120)
-    bound, errors = {"float32": 3e-6, "bfloat16": 6e-3}, {}
-    for dtype in bound:
-        for T in (1, 7, 150):
-            args = experts_case(T, E, F, D, jnp.dtype(dtype), k=4)
-            ours = np.asarray(jax.jit(routed_experts)(*args), np.float64)
-            x, ids, share, gate_up, down = (np.asarray(a, np.float64 if a.dtype != jnp.int32 else None) for a in args)
-            want = np.zeros_like(ours)
-            for e in range(E):
-                rows = np.argwhere(ids == e)
-                h = x[rows[:, 0]] @ gate_up[0, e].reshape(2 * F, D).T
-                y = (h[:, :F] / (1 + np.exp(-h[:, :F])) * h[:, F:]) @ down[0, e].T
-                np.add.at(want, rows[:, 0], share[rows[:, 0], rows[:, 1], None] * y)
-            errors[f"{dtype} T={T}"] = float(np.sqrt(((ours - want) ** 2).mean()) / want.std())
-    return {"errors": errors, "ok": all(error < bound[name.split()[0]] for name, error in errors.items())}
+    bound = {"float32": 3e-6, BF16: 6e-3, FP8: 6e-3}
+    every = np.arange(E)
+    cases = [(dtype, T, (1, E), every, 0) for dtype in ("float32", BF16) for T in (1, 7, 150)]
+    if dry:
+        cases += [(FP8, 7, (2, E), every[1:], 1)]
+    else:
+        # The last: of 160 experts' stacks those that stand past 2^31 numbers, and past 2^32.
+        cases += [(BF16, 3000, (1, E), every, 0), (FP8, 1, (1, E), every, 0), (FP8, 150, (1, E), every, 0)]
+        cases += [(FP8, T, (layers(1, FP8), 160), np.arange(137, 160), layer) for layer in (1, 3) for T in (1, 150)]
+    run = jax.jit(routed_experts, static_argnames=("dtype", "implementation"))
+    errors, same, kind, held = {}, {}, None, None
+    for dtype, T, stack, among, layer in cases:
+        if kind != (kind := (*stack, F, D, dtype)):
+            held = None  # freed before others are made
+            held = random_weights(*kind)
+        gate_up, down, scales = held
+        states = jnp.dtype("float32" if dtype == "float32" else BF16)
+        x, ids, share = experts_case(T, among, min(8, len(among) - 1), D, states)
+        how = {"dtype": jnp.dtype("float32"), "implementation": "auto" if dtype == "float32" else implementation()}
+        ours = [np.asarray(run(x, ids, share, gate_up, down, layer, scales=scales, **how)) for _ in range(2)]
+        some = np.unique(np.linspace(0, T - 1, 16).astype(int))
+        name = f"{dtype} T={T}" + (f" layer {layer} experts {among[0]} to {among[-1]}" if stack[0] > 1 else "")
+        errors[name] = far(ours[0][some], in_float64(some, x, ids, share, gate_up, down, layer, scales))
+        same[name] = bool(np.array_equal(*ours))
+    gradients = gradients_error(dry)
+    ok = all(error < bound[name.split()[0]] for name, error in errors.items()) and all(same.values())
+    return {
+        "implementation": implementation(),
+        "errors": errors,
+        "same_bits": same,
+        "gradients": gradients,
+        "ok": ok and max(gradients.values()) < 1e-2,
+    }
 
 
-def timed(run, repeat=10) -> float:
-    """The median time of a call, in milliseconds, after one to compile and one to warm up."""
-    for _ in range(2):
-        jax.block_until_ready(run())
-    times = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+def gradients_error(dry: bool) -> dict:
+    """The error of the gradients in bfloat16, against all experts for all tokens in float32."""
+    T, E, F, D, k = (9, 4, 32, 48, 2) if dry else (200, 5, 256, 512, 2)
+    gate_up, down, _ = random_weights(1, E, F, D, BF16)
+    x, ids, share = experts_case(T, np.arange(E - 1), k, D, jnp.bfloat16)  # nobody chooses the last expert
+    pull = jax.random.normal(jax.random.key(9), (T, D))
 
+    def dense(x, share, gate_up, down):
+        product = functools.partial(jnp.einsum, precision="highest")
+        h = product("td,ecfd->tecf", x, gate_up[0])
+        y = product("tef,edf->ted", jax.nn.silu(h[:, :, 0]) * h[:, :, 1], down[0])
+        return (product("ted,tke,tk->td", y, jax.nn.one_hot(ids, E), share) * pull).sum()
 
-def experts_speed(dry: bool) -> dict:
-    """One layer's 160 experts in bfloat16: milliseconds, TFLOP/s of the rows' own work, GB/s of the experts chosen."""
-    E, F, D = (8, 24, 32) if dry else (160, 1536, 5120)
-    found = {}
-    for T in (1, 4) if dry else (1, 8, 64, 512, 4096):
-        x, ids, share, gate_up, down = experts_case(T, E, F, D, jnp.bfloat16)
-        run = jax.jit(routed_experts)
-        ms = timed(lambda: run(x, ids, share, gate_up, down))  # noqa: B023
-        read = len(np.unique(np.asarray(ids))) * 3 * F * D * 2
-        found[f"T={T}"] = {"ms": ms, "tflop_s": ids.size * 6 * F * D / ms / 1e9, "gb_s": read / ms / 1e6}
-    return found
+    def ours(x, share, gate_up, down):
+        return (routed_experts(x, ids, share, gate_up, down, implementation=implementation()) * pull).sum()
+
+    args = x, share, gate_up, down
+    wide = [a.astype(jnp.float32) for a in args]
+    got, want = jax.jit(jax.grad(ours, (0, 1, 2, 3)))(*args), jax.jit(jax.grad(dense, (0, 1, 2, 3)))(*wide)
+    return {name: far(g, w) for name, g, w in zip(("x", "share", "gate_up", "down"), got, want, strict=True)}
 
 
 def model_speed(dry: bool) -> dict:
@@ -151,13 +192,14 @@ def model_speed(dry: bool) -> dict:
 PARTS = (golden_logits, demo_text, experts_error, experts_speed, model_speed)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true", help="toy sizes, on any machine; writes nothing")
     parser.add_argument(
         "--only", choices=[p.__name__ for p in PARTS], action="append", help="this part; may be repeated"
     )
-    args = parser.parse_args()
+    parser.add_argument("--minutes", type=float, default=8, help="of experts_speed, at most about so many (8)")
+    args = parser.parse_args(argv)
     if jax.default_backend() == "cpu" and not args.dry:
         parser.error("this machine has no accelerator that jax sees; --dry runs everything at toy sizes")
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
@@ -176,7 +218,7 @@ def main() -> int:
             continue
         start = time.perf_counter()
         try:
-            found = part(args.dry)
+            found = part(args.dry, args.minutes) if part is experts_speed else part(args.dry)
         except Exception as error:  # the device is lent for minutes: the other parts still count
             traceback.print_exc()
             found = {"ok": False, "error": f"{type(error).__name__}: {error}"[:300]}
