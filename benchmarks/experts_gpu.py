@@ -444,7 +444,7 @@ def experts_speed(dry: bool, minutes: float = 8) -> dict:
                 made = by_torch(sizes, case, ceiling, max(30, min(rest, 120)))
             else:
                 made = [measured(sizes, case, ceiling, held)]
-        except Exception as error:  # the device is lent for minutes: the other cases still count
+        except Exception as error:  # the other cases still count
             made = [missing(c, error) for c in together]
         rows += made
         print("\n".join(map(line, made)), flush=True)

@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
         start = time.perf_counter()
         try:
             found = part(args.dry, args.minutes) if part is experts_speed else part(args.dry)
-        except Exception as error:  # the device is lent for minutes: the other parts still count
+        except Exception as error:  # the other parts still count
             traceback.print_exc()
             found = {"ok": False, "error": f"{type(error).__name__}: {error}"[:300]}
         failed |= not found.get("ok", True)

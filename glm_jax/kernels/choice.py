@@ -95,8 +95,8 @@ def _why_not_triton(kind, x, weights) -> str:
             return f"a matrix has a side of {odd[0]}, which is no multiple of 16"
         if triton.offsets_overflow(w.shape, w.dtype):
             return (
-                f"{w.size:,} numbers of one byte in one array are more than it can address; two layers in one stack, "
-                "or experts over more devices"
+                f"{w.size:,} numbers of one byte in one array, more than 2^31 and in no more than 2^32 bytes, are what "
+                "it cannot address; more layers in the stack or fewer, or experts over other devices"
             )
     return ""
 

@@ -247,8 +247,8 @@ def _call(kernel, name, grid, out, tile, args):
     for a in args:
         if offsets_overflow(a.shape, a.dtype):
             raise UsageError(
-                f"an array of {a.size:,} numbers in {a.nbytes:,} bytes is more than the Triton lowering can address: "
-                "it counts numbers in 32 bits up to 2^32 bytes; stack two layers, or take kernels 'xla'"
+                f"an array of {a.size:,} numbers in {a.nbytes:,} bytes is what the Triton lowering cannot address: it "
+                "counts numbers in 32 bits up to 2^32 bytes; stack more layers or fewer, or take kernels 'xla'"
             )
     args = varying(*args)
     kind = jax.typeof(args[0]).manual_axis_type
