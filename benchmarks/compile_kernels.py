@@ -58,7 +58,8 @@ def compiled(device: str, model: str, wide: str, E: int, step: str, T: int) -> d
     scales = (array("float32", L, E, 2, F), array("float32", L, E, D)) if jnp.dtype(wide).itemsize == 1 else None
 
     def experts(x, ids, share, gate_up, down, scales, i):
-        return routed_experts(x, ids, share, gate_up, down, i, x.dtype, scales, "triton", kind)
+        n = c.n_routed_experts
+        return routed_experts(x, ids, share, gate_up, down, i, x.dtype, scales, "triton", kind, n)
 
     def decode(x, *rest):
         body = lambda x, i: (x + experts(x, *rest, i), None)
@@ -71,7 +72,10 @@ def compiled(device: str, model: str, wide: str, E: int, step: str, T: int) -> d
         traced = jax.jit(decode).trace(x, ids, share, *weights, scales)
     else:
         traced = jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(x, share, *weights, ids)
-    program = traced.lower(lowering_platforms=("cuda",)).compile()
+    # The Triton lowering of newer jax asks what the device is.
+    here = jax.sharding.AbstractMesh((), (), abstract_device=mesh.abstract_mesh.abstract_device)
+    with jax.sharding.use_abstract_mesh(here):
+        program = traced.lower(lowering_platforms=("cuda",)).compile()
     kernels = {}
     for file in sorted(glob.glob(f"{dump}/*.ptx")):
         text = Path(file).read_text()

@@ -314,7 +314,9 @@ class MoE(nnx.Module):
 
             def work(tokens, ids, share, dtype):
                 weights = gate_up, down, layer
-                return kernels.routed_experts(tokens, ids - first, share, *weights, dtype, None, step.kernels, kind)
+                return kernels.routed_experts(
+                    tokens, ids - first, share, *weights, dtype, None, step.kernels, kind, c.n_routed_experts
+                )
 
             if not dispatch.sends(jax.lax.axis_size(own) if own else 1, kind):
                 y = dispatch.gathered(tokens, ids, share, work, own)
@@ -752,7 +754,7 @@ def check_kernels(config: Config, mesh, rules: Rules, implementation: str) -> No
     c, F = config, config.moe_intermediate_size // axes_size(mesh, rules.expert_ffn)
     D, E, L = c.hidden_size, c.n_routed_experts // axes_size(mesh, rules.experts), max(1, c.moe_layers)
     shape = lambda *dims: jax.ShapeDtypeStruct(dims, c.dtype)
-    if implementation != "auto":
+    if implementation != "auto" and (c.moe_layers or c.num_nextn_predict_layers):
         kernels.choose(implementation, device_kind(mesh), shape(1, D), [shape(L, E, 2, F, D), shape(L, E, D, F)])
 
 

@@ -15,7 +15,7 @@ from glm_jax.cache import cache_bytes
 from glm_jax.config import Config
 from glm_jax.costs import Cost, step_cost
 from glm_jax.errors import NoSpace, UsageError
-from glm_jax.kernels import rows_at_once
+from glm_jax.kernels import choose, rows_at_once
 from glm_jax.model import (
     GLM,
     PREFILL_CHUNK,
@@ -160,7 +160,9 @@ def _working_bytes(
         in_and_out = held(group * D * wide) * (4 if tpu else 2)
     else:
         in_and_out = held(group * D * 4) // 4 * (wide + 4) * (3 if tpu else 2) // 2
-    per_row = (2 * D + 2 * F) / D if tpu else (D + F) / D if wide == 2 else (D + 3 * F) / D
+    stacks = [jax.ShapeDtypeStruct((max(1, c.moe_layers), 1, *sides), c.dtype) for sides in ((2, F, D), (D, F))]
+    by_kernels = choose("auto", device_kind(mesh), jax.ShapeDtypeStruct((1, D), c.dtype), stacks) != "xla"
+    per_row = (2 * D + 2 * F) / D if tpu else (D + F) / D if by_kernels else (D + 3 * F) / D
     experts = {"the expert group's tokens": in_and_out, "rows of the experts": int(held(at_once * D * wide) * per_row)}
     # A layer's slices of stacked weights.
     dense = 2 * D * c.intermediate_size // size(rules.ffn) * wide if c.dense_layers > 1 else 0

@@ -12,52 +12,58 @@ from glm_jax.errors import UsageError
 from glm_jax.kernels import triton
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas", "triton")  # pallas: the platform's kernels, an error where it has none
-# Compute capability and bytes of shared memory a block, of kinds to compile for that are not here; a GPU that is here
-# says its own capability.
+# Bytes of shared memory that a block may have, by compute capability, where it is more than the least.
+LEAST_SHARED = 101_376
 SHARED: dict[tuple[int, ...], int] = {
     (8, 0): 166_912,
-    (8, 6): 101_376,
     (8, 7): 166_912,
-    (8, 9): 101_376,
     (9, 0): 232_448,
     (10, 0): 232_448,
+    (10, 3): 232_448,
 }
+# Compute capability of kinds of GPU to compile for that are not here; one that is here says its own. By the words of
+# its name, the longer first: an "RTX 6000 Ada" is no "RTX 6000".
 CAPABILITY: dict[str, tuple[int, ...]] = {
-    "A100": (8, 0),
-    "A10": (8, 6),
-    "L4": (8, 9),
-    "L40": (8, 9),
-    "L40S": (8, 9),
-    "H100": (9, 0),
-    "H200": (9, 0),
-    "H20": (9, 0),
-    "H800": (9, 0),
-    "GH200": (9, 0),
-    "B200": (10, 0),
-    "GB200": (10, 0),
+    **dict.fromkeys(("A100", "A30", "A800"), (8, 0)),
+    **dict.fromkeys(("A10", "A10G", "A40", "A2", "A16", "A6000", "A5000", "3090", "3080"), (8, 6)),
+    **dict.fromkeys(("Ada", "L4", "L20", "L40", "L40S", "4090", "4080"), (8, 9)),
+    **dict.fromkeys(("H100", "H200", "H20", "H800", "GH200"), (9, 0)),
+    **dict.fromkeys(("B100", "B200", "GB200"), (10, 0)),
+    **dict.fromkeys(("B300", "GB300"), (10, 3)),
+    **dict.fromkeys(("5090", "5080", "Blackwell"), (12, 0)),
 }
 
 
-def kind_of_default_device() -> str:
-    """What the device that jax would compute on calls itself."""
+def kind_here(*arrays) -> str:
+    """What the device that such arrays are computed on calls itself: of the mesh that is set, or where the arrays lie,
+    or, while tracing without a mesh, what jax would take by default."""
+    if device := getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None):
+        return device.device_kind
+    for a in arrays:
+        if isinstance(a, jax.Array) and not isinstance(a, jax.core.Tracer):
+            return next(iter(a.devices())).device_kind
     default: Any = getattr(jax.config, "jax_default_device", None)  # a device, the name of a platform, or nothing
     return default.device_kind if hasattr(default, "device_kind") else jax.devices(default)[0].device_kind
 
 
-@functools.cache
 def capability(kind: str) -> tuple[int, ...] | None:
     """The compute capability of an NVIDIA GPU of this kind; None for every other device, and for a kind that is neither
     here nor known."""
-    for device in jax.local_devices():
-        if device.device_kind == kind and re.fullmatch(r"\d+\.\d+", getattr(device, "compute_capability", "")):
+    if "NVIDIA" not in kind:
+        return None
+    try:
+        here = jax.local_devices(backend="cuda")
+    except RuntimeError:  # there is none
+        here = []
+    for device in here:
+        if device.device_kind == kind:
             return tuple(map(int, device.compute_capability.split(".")))
-    words = re.split(r"[ -]", kind) if "NVIDIA" in kind else []
-    return next((CAPABILITY[word] for word in words if word in CAPABILITY), None)
+    return next((found for word, found in CAPABILITY.items() if word in re.split(r"[ -]", kind)), None)
 
 
 def shared_memory(kind: str) -> int:
     """Bytes of shared memory that a block may have on a kind of GPU."""
-    return SHARED.get(capability(kind) or (9, 0), 101_376)
+    return SHARED.get(capability(kind) or (9, 0), LEAST_SHARED)
 
 
 def choose(implementation: str, kind: str, x: Any, weights: list) -> str:
@@ -79,11 +85,15 @@ def choose(implementation: str, kind: str, x: Any, weights: list) -> str:
 
 
 def _is_gpu(kind: str) -> bool:
-    return "NVIDIA" in kind or capability(kind) is not None
+    return any(maker in kind for maker in ("NVIDIA", "AMD", "Radeon"))
 
 
 def _why_not_triton(kind, x, weights) -> str:
     found: Any = (9, 0) if triton.INTERPRET else capability(kind)
+    if triton.plgpu is None:
+        return f"jax {jax.__version__} has no Triton lowering"
+    if found is None and "NVIDIA" in kind:
+        return f"the compute capability of {kind!r} is not known here"
     if found is None or found < (8, 0):
         return f"it needs an NVIDIA GPU of compute capability 8.0 or more, the device is {kind or 'unknown'!r}"
     if x.dtype not in (jnp.bfloat16, jnp.float16) and not triton.INTERPRET:  # float32 has no tensor cores, and spills

@@ -29,6 +29,7 @@ def routed_experts(
     scales: "tuple[Float[Array, 'L E 2 F'], Float[Array, 'L E D']] | None" = None,
     implementation: str = "auto",
     device: str | None = None,
+    experts: int | None = None,
 ) -> Float[Array, "T D"]:
     """The sum over each token's experts of `share * down(silu(gate x) * up x)`, added in float32 and given as `dtype`.
 
@@ -42,7 +43,7 @@ def routed_experts(
     (T, D), k = x.shape, ids.shape[1]
     if (scales is None) != (gate_up.dtype.itemsize > 1 and down.dtype.itemsize > 1):
         raise UsageError(f"weights of {gate_up.dtype} and {down.dtype} with{'out' if scales is None else ''} scales")
-    kind = choice.kind_of_default_device() if device is None else device
+    kind = choice.kind_here(x, gate_up) if device is None else device
     chosen = choice.choose(implementation, kind, x, [gate_up, down])
     if T == 0:
         return jnp.zeros((0, D), dtype)
@@ -50,7 +51,7 @@ def routed_experts(
     if chosen == "xla":
         run = lambda x, ids, share: row_tiles.routed(x, ids, share, gate_up, down, layer, scales)
     else:
-        run = lambda x, ids, share: _by_kernels(kind, x, ids, share, gate_up, down, layer, scales)
+        run = lambda x, ids, share: _by_kernels(kind, experts, x, ids, share, gate_up, down, layer, scales)
 
     most = rows_at_once(k, D)
     parts = -(-T // most)
@@ -84,7 +85,7 @@ def grouped_matmul(
     arguments and the errors are those of `routed_experts`."""
     if (scales is None) != (rhs.dtype.itemsize > 1):
         raise UsageError(f"weights of {rhs.dtype} with{'out' if scales is None else ''} scales")
-    kind = choice.kind_of_default_device() if device is None else device
+    kind = choice.kind_here(lhs, rhs) if device is None else device
     chosen = choice.choose(implementation, kind, lhs, [rhs])
     if lhs.shape[0] == 0:
         return jnp.zeros((0, rhs.shape[2]), lhs.dtype)
@@ -95,7 +96,7 @@ def grouped_matmul(
     rhs = _for_kernels(rhs.reshape(L * E, N, K), kind)
     scales = None if scales is None else scales.astype(jnp.float32).reshape(L * E, N)
     lhs, rhs, first, sizes, *scale = varying(lhs, rhs, first, group_sizes, *([] if scales is None else [scales]))
-    y: Any = _grouped_matmul(Plan(kind, E), lhs, rhs, scale[0] if scale else None, sizes, first)
+    y: Any = _grouped_matmul(Plan(kind, E, E), lhs, rhs, scale[0] if scale else None, sizes, first)
     return jnp.where(jnp.arange(lhs.shape[0])[:, None] < sizes.sum(), y, 0)
 
 
@@ -107,10 +108,11 @@ class Plan(NamedTuple):
 
     kind: str
     E: int
+    all_experts: int
 
     def tile(self, kernel: str, rows: int, N: int, K: int, x, weights) -> triton.Tile:
         shared = choice.shared_memory(self.kind)
-        return tiles.tile(kernel, self.kind, shared, rows, self.E, N, K, x.dtype, weights.dtype)
+        return tiles.tile(kernel, self.kind, shared, rows / self.all_experts, N, K, x.dtype, weights.dtype)
 
 
 def _for_kernels(w, kind):
@@ -121,13 +123,13 @@ def _for_kernels(w, kind):
     return w
 
 
-def _by_kernels(kind, x, ids, share, gate_up, down, layer, scales):
+def _by_kernels(kind, experts, x, ids, share, gate_up, down, layer, scales):
     L, E, _, F, D = gate_up.shape
     first = jnp.asarray(layer, jnp.int32) * E
     gate_up, down = _for_kernels(gate_up.reshape(L * E, 2 * F, D), kind), _for_kernels(down.reshape(L * E, D, F), kind)
     own = [] if scales is None else [s.astype(jnp.float32).reshape(L * E, -1) for s in scales]
     x, ids, share, gate_up, down, first, *own = varying(x, ids, share, gate_up, down, first, *own)
-    return _experts(Plan(kind, E), x, share, gate_up, down, tuple(own) or None, ids, first)
+    return _experts(Plan(kind, E, experts or E), x, share, gate_up, down, tuple(own) or None, ids, first)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,7 +1,7 @@
 """Which tiles a Triton kernel takes: what was measured for the device's kind and the nearest shape, or a rule.
 
-`tiles/KIND.json` is a list of entries {"kernel": "gate_up", "weights": "bfloat16", "rows": 16, "N": 3072, "K": 5120,
-"tile": [16, 64, 128, 4, 4]}, rows an expert's mean, as benchmarks/tune_tiles.py writes them."""
+`measured/KIND.json` is a list of entries {"kernel": "gate_up", "weights": "bfloat16", "rows": 16, "N": 3072, "K": 5120,
+"tile": [16, 64, 128, 4, 4]}, rows an expert's mean. There is none yet."""
 
 import functools
 import json
@@ -13,7 +13,7 @@ import numpy as np
 from glm_jax.kernels.triton import Tile
 
 # Mean rows of an expert up to which, and rows, columns, contracted numbers, warps and stages. Registers and spills of
-# every one are those that ptxas says for sm_90 at GLM-4.6's sizes: tests/test_kernels_aot.py holds them.
+# every one are in docs/kernels.md.
 RULES = {
     "gate_up": [
         (1, (16, 32, 128, 4, 4)),
@@ -31,14 +31,13 @@ RULES = {
     ],
     "outer": [(math.inf, (128, 256, 64, 8, 3))],
 }
-# Of many rows, with FP8 weights, and before Hopper `matmul` with any: wider spills.
-NARROW = {"gate_up": (128, 64, 64, 8, 3), "matmul": (128, 128, 64, 8, 3)}
+# Of many rows with FP8 weights, and before Hopper with any: wider spills.
+NARROW = {"gate_up": (128, 64, 64, 8, 3), "matmul": (128, 128, 64, 8, 3), "outer": (128, 128, 64, 8, 3)}
 
 
-def tile(kernel: str, device: str, shared: int, rows: int, groups: int, N: int, K: int, x, weights) -> Tile:
-    """The tile of a kernel on a kind of device with so many bytes of shared memory a block, for `rows` rows over
-    `groups` experts, whose matrices are [N, K]; x and weights are dtypes."""
-    mean = rows / max(groups, 1)
+def tile(kernel: str, device: str, shared: int, mean: "int | float", N: int, K: int, x, weights) -> Tile:
+    """The tile of a kernel on a kind of device with so many bytes of shared memory a block, for experts with `mean`
+    rows, whose matrices are [N, K]; x and weights are dtypes."""
     found = _measured(device, kernel, str(np.dtype(weights)))
     if found:
         far = lambda e: sum(
@@ -47,8 +46,8 @@ def tile(kernel: str, device: str, shared: int, rows: int, groups: int, N: int, 
         made = Tile(*min(found, key=far)["tile"])
     else:
         made = Tile(*next(sizes for most, sizes in RULES[kernel] if mean <= most))
-        ampere = kernel == "matmul" and shared < 232_448
-        if (np.dtype(weights).itemsize == 1 or ampere) and made.m >= 128 and kernel in NARROW:
+        narrow = np.dtype(weights).itemsize == 1 or shared < 232_448
+        if narrow and made.m >= 128:
             made = Tile(*NARROW[kernel])
     made = made.within(N // 2 if kernel == "gate_up" else K if kernel == "outer" else N, K)
     return _fitting(made, kernel, shared, np.dtype(x).itemsize, np.dtype(weights).itemsize)

@@ -14,11 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int, Shaped
 
 from glm_jax.errors import UsageError
 from glm_jax.kernels.routing import varying
+
+try:
+    from jax.experimental.pallas import triton as plgpu
+except ImportError:  # deprecated since jax 0.11: a jax without it has plain XLA
+    plgpu: Any = None
 
 INTERPRET = False  # tests run the kernels on a CPU with it
 FEW = 4  # tokens up to which every choice is a tile of its own: sorting takes longer than reading an expert twice
@@ -219,7 +223,7 @@ def _outer(start_ref, end_ref, a_ref, b_ref, *refs, tile, has):
         return sums + _dot(a, b, 0, 0)
 
     nothing = jnp.zeros((tile.m, tile.n), jnp.float32)
-    y = jax.lax.fori_loop(0, pl.cdiv(end - start, tile.k), add, nothing)
+    y = jax.lax.fori_loop(0, (end - start + (tile.k - 1)) // tile.k, add, nothing)
     plgpu.store(y_ref.at[e, pl.ds(i * tile.m, tile.m), pl.ds(j * tile.n, tile.n)], y.astype(y_ref.dtype))
 
 
@@ -250,6 +254,8 @@ def _call(kernel, name, grid, out, tile, args):
                 f"an array of {a.size:,} numbers in {a.nbytes:,} bytes is what the Triton lowering cannot address: it "
                 "counts numbers in 32 bits up to 2^32 bytes; stack more layers or fewer, or take kernels 'xla'"
             )
+    if max(grid[1:]) > 65_535:
+        raise UsageError(f"{name}: {max(grid[1:]):,} tiles, a GPU's grid has up to 65,535; take kernels 'xla'")
     args = varying(*args)
     kind = jax.typeof(args[0]).manual_axis_type
     out = [jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind) for shape, dtype in out]
