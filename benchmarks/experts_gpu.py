@@ -141,24 +141,24 @@ def random_routing(E: int, k: int, tokens: int, ep: int, routing: str):
 # ---- what is timed: loops that XLA can take no turn out of
 
 
-@functools.partial(jax.jit, static_argnames=("n", "implementation"))
-def forward(x, ids, share, gate_up, down, scales, *, n: int, implementation: str):
+@functools.partial(jax.jit, static_argnames=("n", "implementation", "experts"))
+def forward(x, ids, share, gate_up, down, scales, *, n: int, implementation: str, experts: int):
     def turn(i, y):
         chosen = ids[i % DRAWS] + (y[0, 0] > HUGE).astype(ids.dtype)
         layer = (i % gate_up.shape[0]).astype(jnp.int32)
-        return routed_experts(x, chosen, share, gate_up, down, layer, x.dtype, scales, implementation)
+        return routed_experts(x, chosen, share, gate_up, down, layer, x.dtype, scales, implementation, None, experts)
 
     return jax.lax.fori_loop(0, n, turn, jnp.zeros_like(x))
 
 
-@functools.partial(jax.jit, static_argnames=("n", "implementation"))
-def backward(x, ids, share, gate_up, down, dy, *, n: int, implementation: str):
+@functools.partial(jax.jit, static_argnames=("n", "implementation", "experts"))
+def backward(x, ids, share, gate_up, down, dy, *, n: int, implementation: str, experts: int):
     """The answer and the gradients of x, share, gate_up and down. Of one layer: a gradient is as large as the stack."""
 
     def turn(i, found):
         chosen = ids[i % DRAWS] + (found[0][0, 0] > HUGE).astype(ids.dtype)
         run = lambda x, share, gate_up, down: routed_experts(
-            x, chosen, share, gate_up, down, 0, x.dtype, None, implementation
+            x, chosen, share, gate_up, down, 0, x.dtype, None, implementation, None, experts
         )
         y, back = jax.vjp(run, x, share, gate_up, down)
         return y, *back(dy)
@@ -335,10 +335,11 @@ def prepared(sizes: Sizes, case: Case, ceiling: dict, held: dict) -> tuple[funct
     if case.what == "backward":
         dy = jax.random.normal(jax.random.key(8), x.shape, BF16)
         arrays = x, ids, share, gate_up[:1], down[:1], dy
-        run = functools.partial(backward, *arrays, n=n, implementation=implementation())
+        run = functools.partial(backward, *arrays, n=n, implementation=implementation(), experts=sizes.E)
     elif own:
         how = "xla" if case.what == "xla" else implementation()
-        run = functools.partial(forward, x, ids, share, gate_up, down, scales, n=n, implementation=how)
+        arrays = x, ids, share, gate_up, down, scales
+        run = functools.partial(forward, *arrays, n=n, implementation=how, experts=sizes.E)
     else:
         if case.what == "tokamax":
             from tokamax import ragged_dot

@@ -419,7 +419,6 @@ def test_what_was_compiled_without_a_gpu(line):
 @pytest.mark.parametrize(
     "case",
     [
-        ("h100", "glm-4.6", "bfloat16", 160, "decode", 4096),
         ("h100", "glm-4.6", "float8_e4m3fn", 160, "decode", 64),
         ("h100", "glm-4.5-air", "bfloat16", 16, "train", 4096),
         ("a100", "glm-4.6", "float8_e4m3fn", 20, "decode", 64),

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from glm_jax.errors import UsageError
 from glm_jax.kernels import triton
@@ -40,7 +41,7 @@ def kind_here(*arrays) -> str:
     if device := getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None):
         return device.device_kind
     for a in arrays:
-        if isinstance(a, jax.Array) and not isinstance(a, jax.core.Tracer):
+        if isinstance(a, jax.Array) and not isinstance(a, Tracer):
             return next(iter(a.devices())).device_kind
     default: Any = getattr(jax.config, "jax_default_device", None)  # a device, the name of a platform, or nothing
     return default.device_kind if hasattr(default, "device_kind") else jax.devices(default)[0].device_kind
