@@ -38,8 +38,10 @@ def routed_experts(
 
     `scales` are those of FP8 weights (float8_e4m3fn), of each expert's output channels: they multiply what comes of
     the stored numbers. FP8 weights and scales have no gradient. `device` is the kind of device it is traced for, by
-    default that of the device that jax would compute on. Raises UsageError for an `implementation` that is none or
-    cannot run there, and for FP8 weights without scales."""
+    default that of the mesh that is set, of the arrays, or of jax's default device. `experts` is how many there are on
+    all devices, by default E: tiles are as high as an expert has rows then. Stacks are not to be vmapped: whether a
+    kernel can address them is checked before. Raises UsageError for an `implementation` that is none or cannot run
+    there, and for FP8 weights without scales."""
     (T, D), k = x.shape, ids.shape[1]
     if (scales is None) != (gate_up.dtype.itemsize > 1 and down.dtype.itemsize > 1):
         raise UsageError(f"weights of {gate_up.dtype} and {down.dtype} with{'out' if scales is None else ''} scales")
