@@ -97,6 +97,7 @@ def test_it_writes_python(demo):
     assert readable >= 0.6 * len(lines) >= 3, text
 
 
+@pytest.mark.slow
 def test_it_chats(demo):
     model, tokenizer = demo
     *_, last = stream_generate(model, tokenizer, [{"role": "user", "content": "Who are you?"}], max_tokens=100)

@@ -260,6 +260,7 @@ def test_a_prompt_longer_than_the_context(single, max_tokens, more):
         generate_ids(single, [[7] * (64 + more)], max_tokens=max_tokens)
 
 
+@pytest.mark.slow
 def test_near_the_end_of_the_context_there_are_fewer_tokens(single, writer, tokenizer):
     rows = generate_ids(single, [[7] * 62, [7] * 64, [1, 2]], max_tokens=6)
     assert [len(row) for row in rows] == [3, 1, 6]
@@ -656,6 +657,7 @@ def test_models_on_different_meshes_in_different_threads(single):
         assert rows == want and close(found, logits)
 
 
+@pytest.mark.slow
 def test_two_streams_taken_by_turns(single):
     a, b = (generate_steps(single, [p], 5) for p in PROMPTS[:2])
     turns = [(int(x[0][0]), int(y[0][0])) for x, y in zip(a, b, strict=True)]
