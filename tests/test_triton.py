@@ -61,7 +61,7 @@ def case(T, E, D, F, dtype, L=2, k=4):
 BOUND = {FLOAT32: 2e-6, BFLOAT16: 5e-3}
 
 
-@pytest.mark.parametrize("T", [1, 3, triton.FEW + 1, 40])
+@pytest.mark.parametrize("T", [1, 40, *(pytest.param(T, marks=pytest.mark.slow) for T in (3, triton.FEW + 1))])
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 @pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
 def test_routed_experts(interpreted, T, dtype, fp8):
