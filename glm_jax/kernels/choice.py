@@ -22,8 +22,8 @@ SHARED: dict[tuple[int, ...], int] = {
     (10, 0): 232_448,
     (10, 3): 232_448,
 }
-# Compute capability of kinds of GPU to compile for that are not here; one that is here says its own. By the words of
-# its name, the longer first: an "RTX 6000 Ada" is no "RTX 6000".
+# Compute capability of kinds of GPU to compile for that are not here, by a word of their names; one that is here says
+# its own.
 CAPABILITY: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("A100", "A30", "A800"), (8, 0)),
     **dict.fromkeys(("A10", "A10G", "A40", "A2", "A16", "A6000", "A5000", "3090", "3080"), (8, 6)),
