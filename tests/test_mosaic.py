@@ -11,6 +11,9 @@ from jax import P
 from test_kernels import BFLOAT16, FLOAT32, SIZES, grouped_in_numpy, normal, routed_densely, routed_in_numpy
 from test_triton import BOUND, E4M3, H100, case, distance, quantised, weights
 
+from glm_jax import GLM
+from glm_jax.config import tiny
+from glm_jax.generation import lower_step
 from glm_jax.kernels import choice, grouped_matmul, mosaic, routed_experts, routing
 from glm_jax.sharding import abstract, mesh
 
@@ -272,3 +275,11 @@ def test_lowered_for_a_gpu(form):
             jax.jit(jax.value_and_grad(loss, at)).trace(*args, *stacks, ids, scales).lower(lowering_platforms=("cuda",))
         )
     assert lowered.as_text().count("mosaic_gpu_v2") >= (6 if form == "bfloat16" else 4)
+
+
+@pytest.mark.parametrize("tokens", [8, pytest.param(1, marks=pytest.mark.slow)])
+def test_the_model_is_lowered_with_it(tokens):
+    """Experts over four devices and their width over two, where what varies over them is checked."""
+    config = tiny(num_hidden_layers=3, hidden_size=128, moe_intermediate_size=128, dtype="bfloat16")
+    model = GLM(config, abstract("expert=4,tensor=2", H100), seed=None, kernels="mosaic")
+    assert lower_step(model, 4, tokens, 64, "cuda").as_text().count("mosaic_gpu_v2") == 2
