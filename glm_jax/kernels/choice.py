@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from glm_jax.errors import UsageError
-from glm_jax.kernels import triton
+from glm_jax.kernels import megablox, triton
 
-IMPLEMENTATIONS = ("auto", "xla", "pallas", "triton")  # pallas: the platform's kernels, an error where it has none
+# pallas: the platform's kernels, an error where it has none
+IMPLEMENTATIONS = ("auto", "xla", "pallas", "triton", "megablox")
 # Bytes of shared memory that a block may have, by compute capability, where it is more than the least.
 LEAST_SHARED = 101_376
 SHARED: dict[tuple[int, ...], int] = {
@@ -68,17 +69,19 @@ def shared_memory(kind: str) -> int:
 
 
 def choose(implementation: str, kind: str, x: Any, weights: list) -> str:
-    """ "xla" or "triton": the one asked for, or with "auto" the fastest that can run. `x` and the weights [L, E, ...]
-    are arrays or their shapes.
+    """ "xla", "triton" or "megablox": the one asked for, or with "auto" the fastest that can run. `x` and the weights
+    [L, E, ...] are arrays or their shapes.
 
     Raises UsageError for an unknown name, and for one that cannot run, with the reason. "auto" says once in the log
-    why a GPU does without a kernel."""
+    why a GPU or a TPU does without a kernel."""
     if implementation not in IMPLEMENTATIONS:
         raise UsageError(f"kernels {implementation!r}: they are one of {', '.join(IMPLEMENTATIONS)}")
+    is_tpu = kind.startswith("TPU")
     if implementation == "xla" or (implementation == "auto" and not _is_gpu(kind)):
         return "xla"
-    if not (reason := _why_not_triton(kind, x, weights)):
-        return "triton"
+    kernels = implementation if implementation in ("triton", "megablox") else "megablox" if is_tpu else "triton"
+    if not (reason := (_why_not_triton if kernels == "triton" else _why_not_megablox)(kind, x, weights)):
+        return kernels
     if implementation != "auto":
         raise UsageError(f"kernels {implementation!r} cannot run here: {reason}; 'auto' takes what can")
     _say(f"the experts' matmuls run without a kernel on {kind}: {reason}")
@@ -109,6 +112,23 @@ def _why_not_triton(kind, x, weights) -> str:
                 f"{w.size:,} numbers of one byte in one array, more than 2^31 and in no more than 2^32 bytes, are what "
                 "it cannot address; more layers in the stack or fewer, or experts over other devices"
             )
+    return ""
+
+
+def _why_not_megablox(kind, x, weights) -> str:
+    if megablox.pltpu is None:
+        return f"jax {jax.__version__} has no Mosaic lowering for TPUs"
+    if not megablox.INTERPRET and (not kind.startswith("TPU") or kind in ("TPU v2", "TPU v3")):
+        return f"it needs a TPU v4 or newer, the device is {kind or 'unknown'!r}"
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"it multiplies bfloat16 or float32, not {x.dtype}"
+    for w in weights:
+        if w.dtype not in (x.dtype, jnp.float8_e4m3fn):
+            return f"weights of {w.dtype} with states of {x.dtype}; it takes the same, or float8_e4m3fn"
+        if odd := [n for n in w.shape[-2:] if n % 16]:
+            return f"a matrix has a side of {odd[0]}, which is no multiple of 16"
+        if max(w.shape[-2:]) > (most := megablox.widest(kind, x.dtype)):
+            return f"a matrix has a side of {max(w.shape[-2:]):,}; of {x.dtype} its memory on the chip holds {most:,}"
     return ""
 
 

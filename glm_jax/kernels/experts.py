@@ -2,7 +2,9 @@
 
 Which implementation runs is chosen while tracing (`choice`). "xla": loops over row tiles on plain XLA, everywhere
 (`row_tiles`). "triton": two Pallas kernels on NVIDIA GPUs (`triton`): gather, gate, up and SiLU; then down times the
-routing weight, into the order of the choices; a dense sum over each token's choices remains for XLA."""
+routing weight, into the order of the choices; a dense sum over each token's choices remains for XLA. "megablox": two on
+TPUs (`megablox`), which leave the gather and the order of the choices to XLA too. Both modules have the same functions,
+and the experts' formula, forward and backward, is here."""
 
 import functools
 from typing import Any, NamedTuple
@@ -12,9 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from glm_jax.errors import UsageError
-from glm_jax.kernels import choice, row_tiles, tiles, triton
+from glm_jax.kernels import choice, megablox, row_tiles, tiles, triton
 from glm_jax.kernels.routing import by_expert, varying
 
+KERNELS = {"triton": triton, "megablox": megablox}
 GATHERED = 2**28  # numbers in the rows that experts work on at once, at most: 4,096 tokens of GLM-4.6
 
 
@@ -53,7 +56,10 @@ def routed_experts(
     if chosen == "xla":
         run = lambda x, ids, share: row_tiles.routed(x, ids, share, gate_up, down, layer, scales)
     else:
-        run = lambda x, ids, share: _by_kernels(kind, experts, x, ids, share, gate_up, down, layer, scales)
+        run = lambda x, ids, share: _by_kernels(
+            Plan(kind, gate_up.shape[1], experts or gate_up.shape[1], KERNELS[chosen]),
+            *(x, ids, share, gate_up, down, layer, scales),
+        )
 
     most = rows_at_once(k, D)
     parts = -(-T // most)
@@ -98,7 +104,7 @@ def grouped_matmul(
     rhs = _for_kernels(rhs.reshape(L * E, N, K), kind)
     scales = None if scales is None else scales.astype(jnp.float32).reshape(L * E, N)
     lhs, rhs, first, sizes, *scale = varying(lhs, rhs, first, group_sizes, *([] if scales is None else [scales]))
-    y: Any = _grouped_matmul(Plan(kind, E, E), lhs, rhs, scale[0] if scale else None, sizes, first)
+    y: Any = _grouped_matmul(Plan(kind, E, E, KERNELS[chosen]), lhs, rhs, scale[0] if scale else None, sizes, first)
     return jnp.where(jnp.arange(lhs.shape[0])[:, None] < sizes.sum(), y, 0)
 
 
@@ -111,8 +117,11 @@ class Plan(NamedTuple):
     kind: str
     E: int
     all_experts: int
+    kernels: Any  # the module of the kernels
 
-    def tile(self, kernel: str, rows: int, N: int, K: int, x, weights) -> triton.Tile:
+    def tile(self, kernel: str, rows: int, N: int, K: int, x, weights) -> Any:
+        if self.kernels is megablox:
+            return megablox.tile(kernel, self.kind, rows / self.all_experts, rows, N, K, x.dtype, weights.dtype)
         shared = choice.shared_memory(self.kind)
         return tiles.tile(kernel, self.kind, shared, rows / self.all_experts, N, K, x.dtype, weights.dtype)
 
@@ -125,13 +134,13 @@ def _for_kernels(w, kind):
     return w
 
 
-def _by_kernels(kind, experts, x, ids, share, gate_up, down, layer, scales):
+def _by_kernels(plan, x, ids, share, gate_up, down, layer, scales):
     L, E, _, F, D = gate_up.shape
     first = jnp.asarray(layer, jnp.int32) * E
-    gate_up, down = _for_kernels(gate_up.reshape(L * E, 2 * F, D), kind), _for_kernels(down.reshape(L * E, D, F), kind)
+    gate_up, down = (_for_kernels(w.reshape(L * E, -1, w.shape[-1]), plan.kind) for w in (gate_up, down))
     own = [] if scales is None else [s.astype(jnp.float32).reshape(L * E, -1) for s in scales]
     x, ids, share, gate_up, down, first, *own = varying(x, ids, share, gate_up, down, first, *own)
-    return _experts(Plan(kind, E, experts or E), x, share, gate_up, down, tuple(own) or None, ids, first)
+    return _experts(plan, x, share, gate_up, down, tuple(own) or None, ids, first)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -145,19 +154,19 @@ def _forward(plan, x, share, gate_up, down, scales, ids, first, keep):
     of_gate_up, of_down = scales or (None, None)
     up_tile = plan.tile("gate_up", M, 2 * F, D, x, gate_up)
     down_tile = plan.tile("matmul", M, D, F, x, down)
-    if T <= triton.FEW and not keep:
+    if T <= plan.kernels.FEW and not keep:
         order = jnp.arange(M, dtype=jnp.int32)
         mine = local.reshape(-1)
         up_tiles = triton.Tiles(first + jnp.where(mine, ids.reshape(-1), 0), order, mine.astype(jnp.int32))
         down_tiles, place, sizes = up_tiles, order, None
     else:
         order, place, sizes = by_expert(ids, plan.E)
-        up_tiles = triton.tiles_of(sizes, M, up_tile.m, first)
+        up_tiles = plan.kernels.tiles_of(sizes, M, up_tile.m, first)
         same = down_tile.m == up_tile.m
-        down_tiles = up_tiles if same else triton.tiles_of(sizes, M, down_tile.m, first)
-    h, both = triton.gate_up(x, order // k, gate_up, of_gate_up, up_tiles, up_tile, keep)
+        down_tiles = up_tiles if same else plan.kernels.tiles_of(sizes, M, down_tile.m, first)
+    h, both = plan.kernels.gate_up(x, order // k, gate_up, of_gate_up, up_tiles, up_tile, keep)
     weight = share.astype(jnp.float32).reshape(-1)
-    y = triton.matmul(h, down, of_down, down_tiles, down_tile, target=order, share=weight)
+    y = plan.kernels.matmul(h, down, of_down, down_tiles, down_tile, target=order, share=weight)
     return _summed(y, local), (order, place, sizes, both)
 
 
@@ -212,15 +221,15 @@ def _rows_back(plan, sizes, first, dy, w, scales, source=None, target=None):
         wide = (dy if source is None else dy[source]).astype(jnp.float32) * scales[first + expert]
         dy, source = wide.astype(dy.dtype), None
     tile = plan.tile("matmul", M, w.shape[2], w.shape[1], dy, w)
-    made = triton.tiles_of(sizes, M, tile.m, first)
-    return triton.matmul(dy, w, None, made, tile, axis=0, source=source, target=target)
+    made = plan.kernels.tiles_of(sizes, M, tile.m, first)
+    return plan.kernels.matmul(dy, w, None, made, tile, axis=0, source=source, target=target)
 
 
 def _weights_back(plan, sizes, first, w, a, b, source_a=None, source_b=None):
     """The gradient of the stack w [G, N, K]: of the E matrices from `first` on the sums over their rows, else zeros."""
     M = next((s for s in (source_a, source_b) if s is not None), a).shape[0]
     tile = plan.tile("outer", M, w.shape[1], w.shape[2], a, w)
-    dw = triton.outer(a, b, sizes, tile, source_a=source_a, source_b=source_b, dtype=w.dtype)
+    dw = plan.kernels.outer(a, b, sizes, tile, source_a=source_a, source_b=source_b, dtype=w.dtype)
     if w.shape[0] == plan.E:
         return dw
     (nothing, *_) = varying(jnp.zeros_like(w), w)
@@ -230,8 +239,8 @@ def _weights_back(plan, sizes, first, w, a, b, source_a=None, source_b=None):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_matmul(plan, lhs, rhs, scales, sizes, first):
     tile = plan.tile("matmul", lhs.shape[0], rhs.shape[1], rhs.shape[2], lhs, rhs)
-    made = triton.tiles_of(sizes, lhs.shape[0], tile.m, first)
-    return triton.matmul(lhs, rhs, scales, made, tile)
+    made = plan.kernels.tiles_of(sizes, lhs.shape[0], tile.m, first)
+    return plan.kernels.matmul(lhs, rhs, scales, made, tile)
 
 
 def _grouped_matmul_backward(plan, saved, dy):
