@@ -2,6 +2,7 @@
 that are not here, memory at full size."""
 
 import itertools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -230,13 +231,13 @@ def test_tiles_fit(name):
 WIDE = weights(8, 5120, dtype="float32"), weights(89, 160, 2, 1536, 5120, dtype="float32")
 
 
-def test_tpus_get_it_when_asked():
+def test_tpus_get_it():
     for kind in ("TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"):
-        assert choice.choose("megablox", kind, X, [W]) == choice.choose("pallas", kind, X, [W]) == "megablox"
-        assert choice.choose("xla", kind, X, [W]) == choice.choose("auto", kind, X, [W]) == "xla"
-    assert choice.choose("pallas", "TPU v5", WIDE[0], [WIDE[1]]) == "megablox"
+        assert choice.choose("auto", kind, X, [W]) == choice.choose("pallas", kind, X, [W]) == "megablox"
+        assert choice.choose("xla", kind, X, [W]) == "xla"
+    assert choice.choose("auto", "TPU v5", WIDE[0], [WIDE[1]]) == "megablox"
     fp8 = weights(89, 160, 2, 1536, 5120, dtype="float8_e4m3fn")
-    assert choice.choose("pallas", "TPU v5", X, [fp8]) == "megablox"
+    assert choice.choose("auto", "TPU v5", X, [fp8]) == "megablox"
 
 
 @pytest.mark.parametrize(
@@ -257,14 +258,21 @@ def test_tpus_get_it_when_asked():
         ("TPU v5", weights(8, 5120, dtype="float32"), W, "weights of bfloat16 with states of float32"),
     ],
 )
-def test_a_forced_kernel_that_cannot_run_says_why(kind, x, w, words):
+def test_a_forced_kernel_that_cannot_run_says_why(kind, x, w, words, caplog):
     with pytest.raises(UsageError, match="kernels 'megablox' cannot run here") as error:
         choice.choose("megablox", kind, x, [w])
     assert words in str(error.value)
+    if kind.startswith("TPU"):
+        choice._say.cache_clear()
+        with caplog.at_level(logging.WARNING, "glm_jax"):
+            assert choice.choose("auto", kind, x, [w]) == choice.choose("auto", kind, x, [w]) == "xla"
+        assert len(caplog.messages) == 1
 
 
 def test_a_jax_without_the_lowering(monkeypatch):
     monkeypatch.setattr(megablox, "pltpu", None)
+    choice._say.cache_clear()
+    assert choice.choose("auto", "TPU v5", X, [W]) == "xla"
     with pytest.raises(UsageError, match=r"cannot run here: jax [\d.]+ has no Mosaic lowering for TPUs"):
         choice.choose("megablox", "TPU v5", X, [W])
 

@@ -77,7 +77,7 @@ def choose(implementation: str, kind: str, x: Any, weights: list) -> str:
     if implementation not in IMPLEMENTATIONS:
         raise UsageError(f"kernels {implementation!r}: they are one of {', '.join(IMPLEMENTATIONS)}")
     is_tpu = kind.startswith("TPU")
-    if implementation == "xla" or (implementation == "auto" and not _is_gpu(kind)):
+    if implementation == "xla" or (implementation == "auto" and not is_tpu and not _is_gpu(kind)):
         return "xla"
     kernels = implementation if implementation in ("triton", "megablox") else "megablox" if is_tpu else "triton"
     if not (reason := (_why_not_triton if kernels == "triton" else _why_not_megablox)(kind, x, weights)):
