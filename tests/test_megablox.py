@@ -2,7 +2,10 @@
 that are not here, memory at full size."""
 
 import itertools
+import json
 import logging
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +13,14 @@ import numpy as np
 import pytest
 from jax import P
 from test_kernels import BFLOAT16, FLOAT32, SIZES, grouped_in_numpy, normal, routed_densely, routed_in_numpy
-from test_triton import BOUND, H100, W, X, case, distance, quantised, weights
+from test_triton import BOUND, COMPILED, H100, ROOT, W, X, case, distance, is_tpu, quantised, table_rows, weights
 
+from glm_jax.config import preset
 from glm_jax.errors import UsageError
-from glm_jax.kernels import choice, experts, grouped_matmul, megablox, routed_experts
+from glm_jax.kernels import choice, experts, grouped_matmul, megablox, routed_experts, rows_at_once
 from glm_jax.kernels.megablox import Tile
 from glm_jax.sharding import abstract, mesh
-from glm_jax.targets import CHIPS
+from glm_jax.targets import CHIPS, chip
 
 
 @pytest.fixture
@@ -292,3 +296,42 @@ def test_lowered_for_a_tpu(x64):
         run = lambda x, ids, *rest: jax.shard_map(island, in_specs=SPECS, out_specs=P())(x, ids, *rest).sum()
         lowered = jax.jit(jax.value_and_grad(run, (0, 2, 3, 4))).trace(*args).lower(lowering_platforms=("tpu",))
     assert lowered.as_text().count("@tpu_custom_call") >= 6
+
+
+# ---- compiled for TPUs that are not here
+
+
+def is_sound(line):
+    """VMEM with some to spare, and no temporary of the size of an expert stack: rows that are looked up, between gate and
+    down and answers, never weights. A token's step has less than a hundredth of one layer's."""
+    c, of_training = preset(line["model"]), line["step"] == "train"
+    F, D, wide = c.moe_intermediate_size, c.hidden_size, 4 if line["weights"] == "float32" else 2
+    assert len(line["kernels"]) == (5 if of_training else 2)
+    most = megablox.tile("matmul", chip(line["device"]).kind, 1, 1, D, F, jnp.bfloat16, jnp.bfloat16).vmem
+    assert all(0 < kernel["vmem"] < 0.75 * most for kernel in line["kernels"].values()), line
+    rows = 8 * min(line["tokens"], rows_at_once(8, D))
+    width = 2 * D + 8 * F if of_training else 2 * D + F
+    assert line["temporary_bytes"] < rows * width * wide + 3 * line["tokens"] * D * 4 + 4 * 2**20, line
+    if line["tokens"] <= 64:
+        assert line["temporary_bytes"] < 0.01 * line["experts"] * 3 * F * D * wide, line
+
+
+@pytest.mark.parametrize(
+    "line",
+    [line for line in COMPILED if is_tpu(line)],
+    ids=lambda line: "-".join(map(str, list(line.values())[:6])),
+)
+def test_what_was_compiled_without_a_tpu(line):
+    """benchmarks/compile_kernels.py compiled these, and docs/kernels.md has them."""
+    is_sound(line)
+    assert all(row in (ROOT / "docs/kernels.md").read_text() for row in table_rows(line))
+
+
+@pytest.mark.aot
+def test_compiled_without_a_tpu():
+    pytest.importorskip("libtpu")
+    case = "v6e glm-4.6 bfloat16 20 decode 64".split()
+    argv = [sys.executable, str(ROOT / "benchmarks/compile_kernels.py"), "--case", *case]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    is_sound(json.loads(done.stdout.splitlines()[-1]))
