@@ -4,11 +4,11 @@ of the step around them.
 
     python benchmarks/compile_kernels.py                 all cases, a process each; writes results/kernels.jsonl
     python benchmarks/compile_kernels.py --only h100
-    python benchmarks/compile_kernels.py --case h100 glm-4.6 bfloat16 160 decode 64
+    python benchmarks/compile_kernels.py --case triton h100 glm-4.6 bfloat16 160 decode 64
 
-A "decode" step is four layers in a scan, the stack closed over; "train" is one layer's gradients. A program that takes
-more shared memory than a block may have, or more VMEM than was asked for, does not compile. Needs jax's CUDA plugin
-(docs/plan.md) and no driver; for TPUs libtpu."""
+A "decode" step is four layers in a scan, the stack closed over; "train" is one layer's gradients, of FP8 weights the
+tokens' alone. A program that takes more shared memory than a block may have, or more VMEM than was asked for, does not
+compile. Needs jax's CUDA plugin (docs/plan.md) and no driver; for TPUs libtpu."""
 
 import argparse
 import glob
@@ -22,8 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "kernels.jsonl"
-FIELDS = ("device", "model", "weights", "experts", "step", "tokens")
-CASES: list[tuple] = [
+FIELDS = ("kernels", "device", "model", "weights", "experts", "step", "tokens")
+TRITON: list[tuple] = [
     *[("h100", "glm-4.6", "bfloat16", 160, "decode", T) for T in (1, 8, 64, 256, 1024, 4096, 16384)],
     *[("h100", "glm-4.6", "bfloat16", 20, "decode", T) for T in (8, 512, 8192)],
     *[("h100", "glm-4.6", "float8_e4m3fn", 160, "decode", T) for T in (1, 64, 1024, 4096)],
@@ -33,6 +33,21 @@ CASES: list[tuple] = [
     ("h100", "glm-4.5-air", "bfloat16", 16, "train", 4096),
     *[(d, "glm-4.6", "bfloat16", 20, "decode", T) for d in ("a100", "b200") for T in (1, 64, 4096)],
     *[("a100", "glm-4.6", "float8_e4m3fn", 20, "decode", T) for T in (1, 64, 4096)],
+    *[("l4", "glm-4.5-air", "bfloat16", 16, "decode", T) for T in (1, 64, 4096)],
+    ("l4", "glm-4.5-air", "float8_e4m3fn", 16, "decode", 64),
+    *[(d, "glm-4.6", "bfloat16", 20, "train", 4096) for d in ("a100", "l4")],
+]
+# "fp8 activations" are FP8 weights too.
+MOSAIC: list[tuple] = [
+    *[("h100", "glm-4.6", w, 160, "decode", T) for w in ("bfloat16", "float8_e4m3fn") for T in (1, 64, 1024, 4096)],
+    *[("h100", "glm-4.6", "fp8 activations", 160, "decode", T) for T in (64, 4096)],
+    ("h100", "glm-4.5-air", "bfloat16", 128, "decode", 4096),
+    ("h100", "glm-4.5-air", "float8_e4m3fn", 16, "decode", 64),
+    *[("h100", "glm-4.6", w, 20, "train", 4096) for w in ("bfloat16", "float8_e4m3fn", "fp8 activations")],
+    *[("h100", "glm-4.6", "bfloat16", 20, "train", 64)],
+    ("h100", "glm-4.5-air", "bfloat16", 16, "train", 4096),
+]
+MEGABLOX: list[tuple] = [
     *[(d, "glm-4.6", "bfloat16", 20, "decode", T) for d in ("v5e", "v5p", "v6e") for T in (1, 64, 512, 4096, 16384)],
     *[(d, "glm-4.5-air", "bfloat16", 16, "decode", T) for d in ("v5e", "v5p", "v6e") for T in (1, 64, 4096)],
     *[("v5p", "glm-4.6", "bfloat16", 160, "decode", T) for T in (64, 4096)],
@@ -42,13 +57,16 @@ CASES: list[tuple] = [
     *[(d, "glm-4.6", "bfloat16", 20, "train", 4096) for d in ("v5e", "v5p", "v6e")],
     ("v5p", "glm-4.5-air", "bfloat16", 16, "train", 4096),
 ]
+FOR = {"triton": TRITON, "mosaic": MOSAIC, "megablox": MEGABLOX}
+CASES = [(kernels, *case) for kernels, cases in FOR.items() for case in cases]
 
 
-def compiled(device: str, model: str, wide: str, E: int, step: str, T: int) -> dict:
+def compiled(kernels: str, device: str, model: str, form: str, E: int, step: str, T: int) -> dict:
     """One case, in this process, which sets where XLA writes its PTX before jax starts."""
     dump = tempfile.mkdtemp()
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"--xla_dump_to={dump} --xla_dump_emitter_re=.*"
+    os.environ.update(MOSAIC_GPU_DUMP_TO=dump, MOSAIC_GPU_DUMP_PTX="1")
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # what is not compiled leaves no PTX
     sys.path.insert(0, str(ROOT))
     import jax
@@ -62,8 +80,10 @@ def compiled(device: str, model: str, wide: str, E: int, step: str, T: int) -> d
     on_gpu = chip(device).platform == "cuda"
     c, kind, L = preset(model), chip(device).kind, 4 if step == "decode" else 1
     F, D = c.moe_intermediate_size, c.hidden_size
-    single = "1" if on_gpu else "x".join(["2", "2", "1"][: SLICES[device][0]])
+    activations = jnp.float8_e4m3fn if form == "fp8 activations" else None
+    wide = "float8_e4m3fn" if activations is not None else form
     states = "float32" if wide == "float32" else "bfloat16"
+    single = "1" if on_gpu else "x".join(["2", "2", "1"][: SLICES[device][0]])
     mesh = jax.sharding.Mesh(np.array(topology(f"{device}:{single}"))[:1], ("x",))
     array = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype, sharding=jax.NamedSharding(mesh, jax.P()))
     x, ids, share = array(states, T, D), array("int32", T, 8), array("float32", T, 8)
@@ -72,32 +92,36 @@ def compiled(device: str, model: str, wide: str, E: int, step: str, T: int) -> d
 
     def experts(x, ids, share, gate_up, down, scales, i):
         n = c.n_routed_experts
-        return routed_experts(x, ids, share, gate_up, down, i, x.dtype, scales, "pallas", kind, n)
+        return routed_experts(x, ids, share, gate_up, down, i, x.dtype, scales, kernels, kind, n, activations)
 
-    def decode(x, *rest):
-        body = lambda x, i: (x + experts(x, *rest, i), None)
+    def decode(x, ids, share, gate_up, down, scales):
+        body = lambda x, i: (x + experts(x, ids, share, gate_up, down, scales, i), None)
         return jax.lax.scan(body, x, jnp.arange(L, dtype=jnp.int32))[0]
 
-    def loss(x, share, gate_up, down, ids):
-        return experts(x, ids, share, gate_up, down, None, jnp.int32(0)).astype(jnp.float32).sum()
+    def loss(x, share, gate_up, down, ids, scales):
+        return experts(x, ids, share, gate_up, down, scales, jnp.int32(0)).astype(jnp.float32).sum()
 
     if step == "decode":
         traced = jax.jit(decode).trace(x, ids, share, *weights, scales)
     else:
-        traced = jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(x, share, *weights, ids)
+        of = (0, 1) if scales else (0, 1, 2, 3)
+        traced = jax.jit(jax.grad(loss, of)).trace(x, share, *weights, ids, scales)
     # The lowerings of newer jax ask what the device is.
     here = jax.sharding.AbstractMesh((), (), abstract_device=mesh.abstract_mesh.abstract_device)
     with jax.sharding.use_abstract_mesh(here):
         program = traced.lower(lowering_platforms=(chip(device).platform,)).compile()
-    kernels = {} if on_gpu else on_chip(program.as_text())
+    found = {} if on_gpu else on_chip(program.as_text())
     for file in sorted(glob.glob(f"{dump}/*.ptx")):
         text = Path(file).read_text()
         for entry in re.findall(r"\.entry (glm_\w+)", text):
-            kernels.setdefault(entry, assembled(text))
+            name = entry.removesuffix("_mosaic_gpu_kernel")
+            if (n := sum(other.split("__")[0] == name for other in found)) and entry != name:
+                name = f"{name}__{n}"  # Triton's have numbers of their own
+            found[name] = assembled(text)
     used = program.memory_analysis()
     assert used is not None
-    case = dict(zip(FIELDS, (device, model, wide, E, step, T), strict=True))
-    return case | {"kernels": kernels, "temporary_bytes": used.temp_size_in_bytes}
+    case = dict(zip(FIELDS, (kernels, device, model, form, E, step, T), strict=True))
+    return case | {"compiled": found, "temporary_bytes": used.temp_size_in_bytes}
 
 
 def assembled(ptx: str) -> dict:
@@ -135,7 +159,7 @@ GPU_HEADINGS, TPU_HEADINGS = ["registers", "bytes spilt", "instructions"], ["VME
 
 
 def is_tpu(line: dict) -> bool:
-    return any("vmem" in kernel for kernel in line["kernels"].values())
+    return any("vmem" in kernel for kernel in line["compiled"].values())
 
 
 def rows(line: dict) -> list[str]:
@@ -147,7 +171,7 @@ def rows(line: dict) -> list[str]:
         said = lambda k: [str(k["registers"]), str(k["spilt"]), " ".join(k["mma"])]
     return [
         "| " + " | ".join([*head, name, *said(k)]) + f" | {line['temporary_bytes'] / 2**20:,.0f} |"
-        for name, k in line["kernels"].items()
+        for name, k in line["compiled"].items()
     ]
 
 
@@ -155,11 +179,13 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", default="", help="the cases whose line has this text in it")
     p.add_argument("--table", action="store_true", help="compile nothing")
-    p.add_argument("--case", nargs=6, metavar=tuple(f.upper() for f in FIELDS), help="one case, its line to stdout")
+    p.add_argument(
+        "--case", nargs=len(FIELDS), metavar=tuple(f.upper() for f in FIELDS), help="one case, its line to stdout"
+    )
     args = p.parse_args()
     if args.case:
-        device, model, wide, experts, step, tokens = args.case
-        print(json.dumps(compiled(device, model, wide, int(experts), step, int(tokens))))
+        kernels, device, model, weights, experts, step, tokens = args.case
+        print(json.dumps(compiled(kernels, device, model, weights, int(experts), step, int(tokens))))
         return 0
     from compile_table import versions
 

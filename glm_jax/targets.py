@@ -41,6 +41,7 @@ class Chip:
 # GPU, the SXM modules. Memory: what XLA's own descriptions of these devices say (openxla/xla,
 # xla/backends/gpu/target_config/specs). Rates: NVIDIA's data sheets; NVLink is half of the sheet's figure, which is of
 # both directions. Network: one adapter a device, as in NVIDIA's DGX of each: 200 Gb/s with A100, 400 with the others.
+# L4: its memory is what nvidia-smi says, its link PCIe 4.0 with 16 lanes, its network 100 Gb/s.
 #
 # TPU. Memory: what libtpu's compiler says when a program is too large ("exceeds available HBM (15.75G)"); where 0.0.42
 # and 0.0.50 differ by 0.01G, the less. Rates: Google's page of each generation, per chip. A link is half of the page's
@@ -50,6 +51,7 @@ CHIPS = {
     "a100": Chip("NVIDIA A100-SXM4-80GB", "cuda", 85_100_068_864, 2.039e12, 312e12, 312e12, 300e9, 25e9, 8),
     "h100": Chip("NVIDIA H100 80GB HBM3", "cuda", 84_942_979_072, 3.35e12, 989e12, 1979e12, 450e9, 50e9, 8),
     "h200": Chip("NVIDIA H200", "cuda", 151_397_597_184, 4.8e12, 989e12, 1979e12, 450e9, 50e9, 8),
+    "l4": Chip("NVIDIA L4", "cuda", 23_034 << 20, 0.3e12, 121e12, 242e12, 32e9, 12.5e9, 8),
     "b200": Chip("NVIDIA B200", "cuda", 191_514_411_008, 7.7e12, 2250e12, 4500e12, 900e9, 50e9, 8),
     "v4": Chip("TPU v4", "tpu", int(30.75 * GIB), 1.228e12, 275e12, 275e12, 300e9, 6.25e9, 4),
     "v5e": Chip("TPU v5 lite", "tpu", int(15.75 * GIB), 0.819e12, 197e12, 197e12, 200e9, 3.125e9, 4),
@@ -61,6 +63,7 @@ GPUS = {  # compute capability, multiprocessors, L2 bytes, shared memory a block
     "a100": ((8, 0), 108, 40 << 20, 166_912, 64, 1.41),
     "h100": ((9, 0), 132, 50 << 20, 232_448, 128, 1.98),
     "h200": ((9, 0), 132, 50 << 20, 232_448, 128, 1.98),
+    "l4": ((8, 9), 58, 48 << 20, 101_376, 128, 2.04),
     "b200": ((10, 0), 148, 132_644_864, 232_448, 128, 1.98),
 }
 # How many sides a slice has, and how many chips at the most: Google's page of each generation.

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_facts_are_of_a_device():
-    assert set(targets.CHIPS) == {"a100", "h100", "h200", "b200", "v4", "v5e", "v5p", "v6e", "7x"}
+    assert set(targets.CHIPS) == {"a100", "h100", "h200", "l4", "b200", "v4", "v5e", "v5p", "v6e", "7x"}
     assert set(targets.GPUS) == {name for name, c in targets.CHIPS.items() if c.platform == "cuda"}
     h100, seven = targets.chip("h100:16"), targets.chip("7x:2x2x1")
     assert h100 == targets.chip("H100") == targets.CHIPS["h100"]
@@ -52,7 +52,7 @@ def test_names(name, count, platform):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("v3:2x2", "v3:2x2: unknown device, known are a100, h100, h200, b200, v4, v5e, v5p, v6e, 7x"),
+        ("v3:2x2", "v3:2x2: unknown device, known are a100, h100, h200, l4, b200, v4, v5e, v5p, v6e, 7x"),
         ("", "unknown device"),
         ("h100", "write it as h100:16"),
         ("h100:2x8", "write it as h100:16"),

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from glm_jax.errors import UsageError
-from glm_jax.kernels import megablox, triton
+from glm_jax.kernels import megablox, mosaic, triton
 
 # pallas: the platform's kernels, an error where it has none
-IMPLEMENTATIONS = ("auto", "xla", "pallas", "triton", "megablox")
+IMPLEMENTATIONS = ("auto", "xla", "pallas", "triton", "mosaic", "megablox")
 # Bytes of shared memory that a block may have, by compute capability, where it is more than the least.
 LEAST_SHARED = 101_376
 SHARED: dict[tuple[int, ...], int] = {
@@ -53,14 +53,17 @@ def capability(kind: str) -> tuple[int, ...] | None:
     here nor known."""
     if "NVIDIA" not in kind:
         return None
-    try:
-        here = jax.local_devices(backend="cuda")
-    except RuntimeError:  # there is none
-        here = []
-    for device in here:
+    for device in _gpus():
         if device.device_kind == kind:
             return tuple(map(int, device.compute_capability.split(".")))
     return next((found for word, found in CAPABILITY.items() if word in re.split(r"[ -]", kind)), None)
+
+
+def _gpus():
+    try:
+        return jax.local_devices(backend="cuda")
+    except RuntimeError:  # there is none
+        return []
 
 
 def shared_memory(kind: str) -> int:
@@ -68,9 +71,17 @@ def shared_memory(kind: str) -> int:
     return SHARED.get(capability(kind) or (9, 0), LEAST_SHARED)
 
 
-def choose(implementation: str, kind: str, x: Any, weights: list) -> str:
-    """ "xla", "triton" or "megablox": the one asked for, or with "auto" the fastest that can run. `x` and the weights
-    [L, E, ...] are arrays or their shapes.
+def cores(kind: str) -> int:
+    """Multiprocessors of a GPU: of one that is here, or of an H100."""
+    return next((d.core_count for d in _gpus() if d.device_kind == kind), 132)
+
+
+def choose(implementation: str, kind: str, x: Any, weights: list, activations: Any = None) -> str:
+    """ "xla", "triton", "mosaic" or "megablox": the one asked for, or with "auto" what is likely the fastest that can
+    run. `x` and the weights [L, E, ...] are arrays or their shapes.
+
+    Of those for GPUs that is "triton", which has been measured by others; "mosaic" multiplies FP8 activations, goes
+    where Triton's offsets do not, and where a jax has no Triton lowering.
 
     Raises UsageError for an unknown name, and for one that cannot run, with the reason. "auto" says once in the log
     why a GPU or a TPU does without a kernel."""
@@ -79,9 +90,17 @@ def choose(implementation: str, kind: str, x: Any, weights: list) -> str:
     is_tpu = kind.startswith("TPU")
     if implementation == "xla" or (implementation == "auto" and not is_tpu and not _is_gpu(kind)):
         return "xla"
-    kernels = implementation if implementation in ("triton", "megablox") else "megablox" if is_tpu else "triton"
-    if not (reason := (_why_not_triton if kernels == "triton" else _why_not_megablox)(kind, x, weights)):
-        return kernels
+    able = {"triton": _why_not_triton, "mosaic": _why_not_mosaic, "megablox": _why_not_megablox}
+    if implementation not in able:
+        able = {name: able[name] for name in (("megablox",) if is_tpu else ("triton", "mosaic"))}
+    if implementation in able:
+        able = {implementation: able[implementation]}
+    elif activations is not None:
+        able = dict(reversed(able.items()))
+    why = {name: reason(kind, x, weights) for name, reason in able.items()}
+    if chosen := next((name for name, reason in why.items() if not reason), None):
+        return chosen
+    reason = why.get("triton") or next(iter(why.values()))
     if implementation != "auto":
         raise UsageError(f"kernels {implementation!r} cannot run here: {reason}; 'auto' takes what can")
     _say(f"the experts' matmuls run without a kernel on {kind}: {reason}")
@@ -112,6 +131,22 @@ def _why_not_triton(kind, x, weights) -> str:
                 f"{w.size:,} numbers of one byte in one array, more than 2^31 and in no more than 2^32 bytes, are what "
                 "it cannot address; more layers in the stack or fewer, or experts over other devices"
             )
+    return ""
+
+
+def _why_not_mosaic(kind, x, weights) -> str:
+    found = (9, 0) if mosaic.INTERPRET else capability(kind)
+    if mosaic.plgpu is None:
+        return f"jax {jax.__version__} has no Mosaic lowering for GPUs"
+    if found != (9, 0):
+        return f"it needs an NVIDIA GPU of compute capability 9.0, the device is {kind or 'unknown'!r}"
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it multiplies bfloat16 or float16, not {x.dtype}"
+    for w in weights:
+        if w.dtype not in (x.dtype, jnp.float8_e4m3fn):
+            return f"weights of {w.dtype} with states of {x.dtype}; it takes the same, or float8_e4m3fn"
+        if odd := [n for n in w.shape[-2:] if n % mosaic.HIGH]:
+            return f"a matrix has a side of {odd[0]}, which is no multiple of {mosaic.HIGH}"
     return ""
 
 

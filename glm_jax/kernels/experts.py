@@ -2,9 +2,10 @@
 
 Which implementation runs is chosen while tracing (`choice`). "xla": loops over row tiles on plain XLA, everywhere
 (`row_tiles`). "triton": two Pallas kernels on NVIDIA GPUs (`triton`): gather, gate, up and SiLU; then down times the
-routing weight, into the order of the choices; a dense sum over each token's choices remains for XLA. "megablox": two on
-TPUs (`megablox`), which leave the gather and the order of the choices to XLA too. Both modules have the same functions,
-and the experts' formula, forward and backward, is here."""
+routing weight, into the order of the choices; a dense sum over each token's choices remains for XLA. "mosaic": two on
+Hopper (`mosaic`), and "megablox": two on TPUs (`megablox`), which leave the gather and the order of the choices to XLA
+too. The modules of kernels have the same
+functions; the experts' formula, forward and backward, is here."""
 
 import functools
 from typing import Any, NamedTuple
@@ -14,10 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from glm_jax.errors import UsageError
-from glm_jax.kernels import choice, megablox, row_tiles, tiles, triton
-from glm_jax.kernels.routing import by_expert, varying
+from glm_jax.kernels import choice, megablox, mosaic, row_tiles, tiles, triton
+from glm_jax.kernels.routing import by_expert, quantised, varying
 
-KERNELS = {"triton": triton, "megablox": megablox}
+KERNELS = {"triton": triton, "mosaic": mosaic, "megablox": megablox}
 GATHERED = 2**28  # numbers in the rows that experts work on at once, at most: 4,096 tokens of GLM-4.6
 
 
@@ -33,6 +34,7 @@ def routed_experts(
     implementation: str = "auto",
     device: str | None = None,
     experts: int | None = None,
+    activations: Any = None,
 ) -> Float[Array, "T D"]:
     """The sum over each token's experts of `share * down(silu(gate x) * up x)`, added in float32 and given as `dtype`.
 
@@ -43,23 +45,29 @@ def routed_experts(
     the stored numbers. FP8 weights and scales have no gradient. `device` is the kind of device it is traced for, by
     default that of the mesh that is set, of the arrays, or of jax's default device. `experts` is how many there are on
     all devices, by default E: tiles are as high as an expert has rows then. Stacks are not to be vmapped: whether a
-    kernel can address them is checked before. Raises UsageError for an `implementation` that is none or cannot run
-    there, and for FP8 weights without scales."""
+    kernel can address them is checked before.
+
+    `activations=float8_e4m3fn`: before each matmul every row is rounded to FP8 numbers with a scale of its own, as the
+    published FP8 checkpoints are served (W8A8); gradients pass through the rounding. A row of h is what this device has
+    of it. Raises UsageError for an `implementation` that is none or cannot run there, and for FP8 weights without
+    scales."""
     (T, D), k = x.shape, ids.shape[1]
     if (scales is None) != (gate_up.dtype.itemsize > 1 and down.dtype.itemsize > 1):
         raise UsageError(f"weights of {gate_up.dtype} and {down.dtype} with{'out' if scales is None else ''} scales")
     kind = choice.kind_here(x, gate_up) if device is None else device
-    chosen = choice.choose(implementation, kind, x, [gate_up, down])
+    if activations is not None and (jnp.dtype(activations) != jnp.float8_e4m3fn or scales is None):
+        raise UsageError(
+            f"activations of {jnp.dtype(activations)}; they are float8_e4m3fn, with weights of that and scales"
+        )
+    chosen = choice.choose(implementation, kind, x, [gate_up, down], activations)
     if T == 0:
         return jnp.zeros((0, D), dtype)
     run: Any
     if chosen == "xla":
-        run = lambda x, ids, share: row_tiles.routed(x, ids, share, gate_up, down, layer, scales)
+        run = lambda x, ids, share: row_tiles.routed(x, ids, share, gate_up, down, layer, scales, activations)
     else:
-        run = lambda x, ids, share: _by_kernels(
-            Plan(kind, gate_up.shape[1], experts or gate_up.shape[1], KERNELS[chosen]),
-            *(x, ids, share, gate_up, down, layer, scales),
-        )
+        plan = Plan(KERNELS[chosen], kind, gate_up.shape[1], experts or gate_up.shape[1], activations)
+        run = lambda x, ids, share: _by_kernels(plan, x, ids, share, gate_up, down, layer, scales)
 
     most = rows_at_once(k, D)
     parts = -(-T // most)
@@ -104,7 +112,7 @@ def grouped_matmul(
     rhs = _for_kernels(rhs.reshape(L * E, N, K), kind)
     scales = None if scales is None else scales.astype(jnp.float32).reshape(L * E, N)
     lhs, rhs, first, sizes, *scale = varying(lhs, rhs, first, group_sizes, *([] if scales is None else [scales]))
-    y: Any = _grouped_matmul(Plan(kind, E, E, KERNELS[chosen]), lhs, rhs, scale[0] if scale else None, sizes, first)
+    y: Any = _grouped_matmul(Plan(KERNELS[chosen], kind, E, E), lhs, rhs, scale[0] if scale else None, sizes, first)
     return jnp.where(jnp.arange(lhs.shape[0])[:, None] < sizes.sum(), y, 0)
 
 
@@ -114,16 +122,32 @@ def grouped_matmul(
 class Plan(NamedTuple):
     """What a kernel's call is decided by, beside shapes."""
 
+    kernels: Any  # the module that has them
     kind: str
     E: int
     all_experts: int
-    kernels: Any  # the module of the kernels
+    activations: Any = None
+    train: bool = False
 
     def tile(self, kernel: str, rows: int, N: int, K: int, x, weights) -> Any:
+        x = x[0] if isinstance(x, tuple) else x
+        sizes = rows / self.all_experts, N, K, x.dtype, weights.dtype
+        if self.kernels is mosaic:
+            return mosaic.tile(kernel, choice.cores(self.kind), *sizes, self.train)
         if self.kernels is megablox:
-            return megablox.tile(kernel, self.kind, rows / self.all_experts, rows, N, K, x.dtype, weights.dtype)
-        shared = choice.shared_memory(self.kind)
-        return tiles.tile(kernel, self.kind, shared, rows / self.all_experts, N, K, x.dtype, weights.dtype)
+            return megablox.tile(kernel, self.kind, rows, *sizes)
+        return tiles.tile(kernel, self.kind, choice.shared_memory(self.kind), *sizes)
+
+    def rounded(self, x):
+        """Rows as they are multiplied: where FP8 is not, as numbers of their own dtype."""
+        if self.activations is None:
+            return x
+        x8, scale = quantised(x)
+        return (x8, scale) if self.kernels is mosaic else (x8.astype(jnp.float32) * scale[:, None]).astype(x.dtype)
+
+    def spaced(self, order, place, sizes, tile):
+        """The order of rows and its inverse, with each expert's rows where these kernels look for them."""
+        return mosaic.spaced(order, place, sizes, tile.m) if self.kernels is mosaic else (order, place)
 
 
 def _for_kernels(w, kind):
@@ -145,28 +169,34 @@ def _by_kernels(plan, x, ids, share, gate_up, down, layer, scales):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _experts(plan, x, share, gate_up, down, scales, ids, first):
-    return _forward(plan, x, share, gate_up, down, scales, ids, first, False)[0]
+    return _forward(plan, x, share, gate_up, down, scales, ids, first)[0]
 
 
-def _forward(plan, x, share, gate_up, down, scales, ids, first, keep):
+def _forward(plan, x, share, gate_up, down, scales, ids, first):
     (T, D), k, F = x.shape, ids.shape[1], down.shape[2]
     M, local = T * k, (ids >= 0) & (ids < plan.E)
     of_gate_up, of_down = scales or (None, None)
-    up_tile = plan.tile("gate_up", M, 2 * F, D, x, gate_up)
-    down_tile = plan.tile("matmul", M, D, F, x, down)
-    if T <= plan.kernels.FEW and not keep:
-        order = jnp.arange(M, dtype=jnp.int32)
-        mine = local.reshape(-1)
+    rows = plan.rounded(x)
+    up_tile = plan.tile("gate_up", M, 2 * F, D, rows, gate_up)
+    down_tile = plan.tile("matmul", M, D, F, rows, down)
+    if T <= plan.kernels.FEW and not plan.train:
+        order = place = jnp.arange(M, dtype=jnp.int32)
+        mine, sizes = local.reshape(-1), None
         up_tiles = triton.Tiles(first + jnp.where(mine, ids.reshape(-1), 0), order, mine.astype(jnp.int32))
-        down_tiles, place, sizes = up_tiles, order, None
+        down_tiles = up_tiles
     else:
         order, place, sizes = by_expert(ids, plan.E)
+        order, place = plan.spaced(order, place, sizes, up_tile)
         up_tiles = plan.kernels.tiles_of(sizes, M, up_tile.m, first)
         same = down_tile.m == up_tile.m
         down_tiles = up_tiles if same else plan.kernels.tiles_of(sizes, M, down_tile.m, first)
-    h, both = plan.kernels.gate_up(x, order // k, gate_up, of_gate_up, up_tiles, up_tile, keep)
+    h, both = plan.kernels.gate_up(
+        rows, order // k, gate_up, of_gate_up, up_tiles, up_tile, keep=plan.train, dtype=x.dtype
+    )
     weight = share.astype(jnp.float32).reshape(-1)
-    y = plan.kernels.matmul(h, down, of_down, down_tiles, down_tile, target=order, share=weight)
+    y = plan.kernels.matmul(
+        plan.rounded(h), down, of_down, down_tiles, down_tile, choices=(order, place), share=weight, dtype=x.dtype
+    )
     return _summed(y, local), (order, place, sizes, both)
 
 
@@ -178,19 +208,23 @@ def _summed(y, local):
 
 
 def _experts_forward(plan, x, share, gate_up, down, scales, ids, first):
-    y, kept = _forward(plan, x, share, gate_up, down, scales, ids, first, True)
+    y, kept = _forward(plan._replace(train=True), x, share, gate_up, down, scales, ids, first)
     return y, (x, share, gate_up, down, scales, ids, first, kept)
 
 
 def _experts_backward(plan, saved, dy):
+    plan = plan._replace(train=True)
     x, share, gate_up, down, scales, ids, first, (order, place, sizes, both) = saved
     (T, k), F = ids.shape, down.shape[2]
     local, token = (ids >= 0) & (ids < plan.E), order // k
-    dy, weight = dy.astype(x.dtype), share.astype(jnp.float32).reshape(-1)[order][:, None]
-    multiply = functools.partial(_rows_back, plan, sizes, first)
+    of_rows = lambda a: a.reshape(-1).at[order].get(mode="fill", fill_value=0)
+    dy, weight = dy.astype(x.dtype), of_rows(share.astype(jnp.float32))[:, None]
+    of_gate_up, of_down = scales or (None, None)
+    expert = None if scales is None else jnp.clip(of_rows(ids), 0, plan.E - 1)
+    multiply = functools.partial(_rows_back, plan, sizes, first, T * k, expert)
 
     # Of each row, before its share: what comes back through `down`, and with it the share's own gradient.
-    back = multiply(dy, down, None if scales is None else scales[1], source=token)
+    back = multiply(dy, down, of_down, source=token)
     gate, up = (both[:, c * F : (c + 1) * F].astype(jnp.float32) for c in (0, 1))
     sigmoid = jax.nn.sigmoid(gate)
     silu, back = gate * sigmoid, back.astype(jnp.float32)
@@ -198,12 +232,12 @@ def _experts_backward(plan, saved, dy):
     back = weight * back
     dgate, dup = back * up * sigmoid * (1 + gate * (1 - sigmoid)), back * silu
     dboth = jnp.concatenate([dgate, dup], 1).astype(x.dtype)
-    dx = multiply(dboth, gate_up, None if scales is None else scales[0], target=order)
+    dx = multiply(dboth, gate_up, of_gate_up, choices=(order, place))
     dx = _summed(dx, local).astype(x.dtype)
     if scales is not None:
         return dx, dshare, None, None, None, None, None
     h = (weight * silu * up).astype(x.dtype)
-    weights_back = functools.partial(_weights_back, plan, sizes, first)
+    weights_back = functools.partial(_weights_back, plan, sizes, first, T * k)
     ddown = weights_back(down, dy, h, source_a=token)
     dgate_up = weights_back(gate_up, dboth, x, source_b=token)
     return dx, dshare, dgate_up, ddown, None, None, None
@@ -212,22 +246,19 @@ def _experts_backward(plan, saved, dy):
 _experts.defvjp(_experts_forward, _experts_backward)
 
 
-def _rows_back(plan, sizes, first, dy, w, scales, source=None, target=None):
-    """Each row of dy times its matrix [N, K] as it is: the gradient of the rows that the matrix has multiplied."""
-    M = dy.shape[0] if source is None else source.shape[0]
+def _rows_back(plan, sizes, first, M, expert, dy, w, scales, source=None, choices=None):
+    """Each row of dy times its matrix [N, K] as it is: the gradient of the rows that the matrix has multiplied.
+    `expert` is each row's, if there are scales."""
     if scales is not None:  # of the side that is contracted now
-        ends = jnp.cumsum(sizes)
-        expert = jnp.minimum((jnp.arange(M)[:, None] >= ends).sum(1), plan.E - 1)
-        wide = (dy if source is None else dy[source]).astype(jnp.float32) * scales[first + expert]
-        dy, source = wide.astype(dy.dtype), None
+        rows = dy if source is None else dy.at[source].get(mode="fill", fill_value=0)
+        dy, source = (rows.astype(jnp.float32) * scales[first + expert]).astype(dy.dtype), None
     tile = plan.tile("matmul", M, w.shape[2], w.shape[1], dy, w)
     made = plan.kernels.tiles_of(sizes, M, tile.m, first)
-    return plan.kernels.matmul(dy, w, None, made, tile, axis=0, source=source, target=target)
+    return plan.kernels.matmul(dy, w, None, made, tile, axis=0, source=source, choices=choices)
 
 
-def _weights_back(plan, sizes, first, w, a, b, source_a=None, source_b=None):
+def _weights_back(plan, sizes, first, M, w, a, b, source_a=None, source_b=None):
     """The gradient of the stack w [G, N, K]: of the E matrices from `first` on the sums over their rows, else zeros."""
-    M = next((s for s in (source_a, source_b) if s is not None), a).shape[0]
     tile = plan.tile("outer", M, w.shape[1], w.shape[2], a, w)
     dw = plan.kernels.outer(a, b, sizes, tile, source_a=source_a, source_b=source_b, dtype=w.dtype)
     if w.shape[0] == plan.E:
@@ -238,16 +269,34 @@ def _weights_back(plan, sizes, first, w, a, b, source_a=None, source_b=None):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_matmul(plan, lhs, rhs, scales, sizes, first):
-    tile = plan.tile("matmul", lhs.shape[0], rhs.shape[1], rhs.shape[2], lhs, rhs)
-    made = plan.kernels.tiles_of(sizes, lhs.shape[0], tile.m, first)
-    return plan.kernels.matmul(lhs, rhs, scales, made, tile)
+    M = lhs.shape[0]
+    tile = plan.tile("matmul", M, rhs.shape[1], rhs.shape[2], lhs, rhs)
+    source, choices = _grouped_rows(plan, sizes, M, tile)
+    made = plan.kernels.tiles_of(sizes, M, tile.m, first)
+    return plan.kernels.matmul(lhs, rhs, scales, made, tile, source=source, choices=choices)
+
+
+def _grouped_rows(plan, sizes, M, tile):
+    """For rows that stand sorted: where the kernels' rows come from and where they go, if it is not where they are."""
+    rows = jnp.arange(M, dtype=jnp.int32) + 0 * sizes.sum()
+    source, place = plan.spaced(rows, rows, sizes, tile)
+    return (None, None) if source is rows else (source, (source, place))
 
 
 def _grouped_matmul_backward(plan, saved, dy):
+    plan = plan._replace(train=True)
     lhs, rhs, scales, sizes, first = saved
-    dlhs = _rows_back(plan, sizes, first, dy, rhs, scales)
-    dlhs = jnp.where(jnp.arange(lhs.shape[0])[:, None] < sizes.sum(), dlhs, 0).astype(lhs.dtype)
-    drhs = None if scales is not None else _weights_back(plan, sizes, first, rhs, dy, lhs)
+    M = lhs.shape[0]
+    source, choices = _grouped_rows(plan, sizes, M, plan.tile("matmul", M, rhs.shape[2], rhs.shape[1], dy, rhs))
+    expert = None
+    if scales is not None:
+        expert = jnp.minimum((jnp.arange(M)[:, None] >= jnp.cumsum(sizes)).sum(1), plan.E - 1)
+        expert = expert if source is None else expert.at[source].get(mode="fill", fill_value=0)
+    dlhs = _rows_back(plan, sizes, first, M, expert, dy, rhs, scales, source=source, choices=choices)
+    dlhs = jnp.where(jnp.arange(M)[:, None] < sizes.sum(), dlhs, 0).astype(lhs.dtype)
+    if scales is not None:
+        return dlhs, None, None, None, None
+    drhs = _weights_back(plan, sizes, first, M, rhs, dy, lhs, source_a=source, source_b=source)
     return dlhs, drhs, None, None, None
 
 

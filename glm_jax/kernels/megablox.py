@@ -56,7 +56,7 @@ class Visits:
     total: Int[Array, ""]  # at least one, of no rows if there are none
 
 
-def tile(kernel: str, kind: str, mean: "int | float", M: int, N: int, K: int, x, weights) -> Tile:
+def tile(kernel: str, kind: str, M: int, mean: "int | float", N: int, K: int, x, weights) -> Tile:
     """The tile of a kernel on a kind of TPU, for M rows, `mean` to an expert, and matrices [N, K] of dtype `weights`; x
     is the rows' dtype. Pieces of a matrix have few megabytes where rows are few, so that the first is soon there, and
     more where rows are many, so that these are read less often."""
@@ -124,9 +124,11 @@ def gate_up(
     visits: Visits,
     tile: Tile,
     keep: bool = False,
+    dtype: Any = None,
 ) -> tuple[Float[Array, "M F"], "Float[Array, 'M F2'] | None"]:
     """silu(gate x) * up x for every row, x's row `token[m]`, gate the first half of its matrix and up the second.
-    `keep`: and the rows of gate and up themselves, for the backward pass, else None. Rows in no visit are undefined."""
+    In `dtype`, x's by default. `keep`: and the rows of gate and up themselves, for the backward pass, else None. Rows
+    in no visit are undefined."""
     (G, F, D), M = (w.shape[0], w.shape[1] // 2, w.shape[2]), token.shape[0]
     at = lambda n, v, matrix, group, block, start, end: (matrix[v], 0, jnp.where(end[v] > start[v], n, 0))
     specs = [_rows(tile.m, D), pl.BlockSpec((None, 2, tile.n, D), lambda *a: (*at(*a), 0))]
@@ -134,7 +136,7 @@ def gate_up(
     if scales is not None:
         specs.append(pl.BlockSpec((None, 2, tile.n), at))
         args.append(scales.reshape(G, 2, F))
-    out = [((M, F), x.dtype, _columns(tile))] * (3 if keep else 1)
+    out = [((M, F), dtype or x.dtype, _columns(tile))] * (3 if keep else 1)
     kernel = functools.partial(_gate_up, scaled=scales is not None)
     h, *both = _call(kernel, "glm_gate_up", (pl.cdiv(F, tile.n),), visits, specs, args, out, tile, 6 * M * F * D)
     return h, jnp.concatenate(both, 1) if keep else None
@@ -149,13 +151,15 @@ def matmul(
     *,
     axis: int = 1,
     source: "Int[Array, 'M'] | None" = None,
-    target: "Int[Array, 'M'] | None" = None,
+    choices: "tuple[Int[Array, 'M'], Int[Array, 'M']] | None" = None,
     share: "Float[Array, 'M'] | None" = None,
+    dtype: Any = None,
 ) -> Float[Array, "M N"]:
     """Every row times its matrix, transposed if `axis` is 1 and it is [N, K], as it is if 0 and [K, N].
 
-    Row m is x's row `source[m]` (default m), and becomes row `target[m]` of the result, a permutation, times
-    `share[target[m]]`, then in float32. Rows in no visit are undefined."""
+    Row m is x's row `source[m]` (default m). With `choices`, an order of rows and its inverse, the result is in the
+    order of choices, times `share` of each and then in float32. In `dtype`, x's by default. Rows in no visit are
+    undefined."""
     N, K = (w.shape[1], w.shape[2]) if axis else (w.shape[2], w.shape[1])
     if _turned(w.shape):
         w, axis = w.swapaxes(1, 2), 1 - axis
@@ -170,12 +174,11 @@ def matmul(
         specs.append(pl.BlockSpec((None, 1, tile.n), lambda *a: (at(*a)[0], 0, at(*a)[1])))
         args.append(scales[:, None])
     kernel = functools.partial(_matmul, axis=axis, scaled=scales is not None)
-    out = [((x.shape[0], N), x.dtype, _columns(tile))]
+    out = [((x.shape[0], N), dtype or x.dtype, _columns(tile))]
     flops = 2 * x.shape[0] * N * K
     (y,) = _call(kernel, "glm_matmul", (pl.cdiv(N, tile.n),), visits, specs, args, out, tile, flops)
-    if target is not None:
-        _, place = jax.lax.sort_key_val(target, jnp.arange(target.shape[0], dtype=jnp.int32) + 0 * target)
-        y = y.at[place].get(mode="promise_in_bounds")
+    if choices is not None:
+        y = y.at[choices[1]].get(mode="promise_in_bounds")
     return y if share is None else y.astype(jnp.float32) * share[:, None]
 
 

@@ -1,10 +1,12 @@
-"""Rows in the order of their experts, and back."""
+"""Rows in the order of their experts, and back; rows as FP8 numbers; what they vary over."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
+
+E4M3_MAX = 448
 
 
 def by_expert(ids: Int[Array, "T k"], E: int) -> tuple[Int[Array, "M"], Int[Array, "M"], Int[Array, "E"]]:
@@ -31,6 +33,15 @@ def _look_up_backward(places, dy):  # by looking up too: adding to rows in place
 
 
 look_up.defvjp(lambda x, source, places: (look_up(x, source, places), places), _look_up_backward)
+
+
+def quantised(x: Float[Array, "A K"]) -> "tuple[Shaped[Array, 'A K'], Float[Array, 'A']]":
+    """Rows as e4m3 numbers and each row's scale, its largest magnitude over 448 (1 of a row of zeros): the dynamic
+    per-token activations of compressed-tensors."""
+    wide = x.astype(jnp.float32)
+    most = jnp.abs(wide).max(1)
+    scale = jnp.where(most > 0, most / E4M3_MAX, 1)
+    return (wide / scale[:, None]).astype(jnp.float8_e4m3fn), scale
 
 
 def varying(*arrays):

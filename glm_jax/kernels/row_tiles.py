@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from glm_jax.kernels.few_rows import few_rows, is_few
-from glm_jax.kernels.routing import by_expert, look_up, varying
+from glm_jax.kernels.routing import by_expert, look_up, quantised, varying
 
 
 def grouped_matmul(
@@ -50,18 +50,26 @@ def routed(
     down: Float[Array, "L E D F"],
     layer: "int | Int[Array, '']" = 0,
     scales: "tuple[Float[Array, 'L E 2 F'], Float[Array, 'L E D']] | None" = None,
+    activations: Any = None,
 ) -> Float[Array, "T D"]:
     """`routed_experts` in float32, all tokens at once."""
     (L, E, _, F, D), (T, k) = gate_up.shape, ids.shape
     order, place, sizes = by_expert(ids, E)
     of_gate_up, of_down = (None, None) if scales is None else (scales[0].reshape(L, E, 2 * F), scales[1])
     multiply = functools.partial(grouped_matmul, group_sizes=sizes, layer=layer, largest_group=T)
-    x_ = look_up(*varying(x, order // k, place.reshape(T, k)))
+    rounded = _rounded if activations is not None else lambda x: x
+    x_ = look_up(*varying(rounded(x), order // k, place.reshape(T, k)))
     h = multiply(x_, gate_up.reshape(L, E, 2 * F, D), scales=of_gate_up)
     gate, up = h[:, :F].astype(jnp.float32), h[:, F:].astype(jnp.float32)
-    y = multiply((jax.nn.silu(gate) * up).astype(x.dtype), down, scales=of_down)
+    y = multiply(rounded((jax.nn.silu(gate) * up).astype(x.dtype)), down, scales=of_down)
     y = look_up(*varying(y, place, order[:, None])).reshape(T, k, D)
     return (share[..., None].astype(jnp.float32) * y.astype(jnp.float32)).sum(1)
+
+
+def _rounded(x):
+    """Rows rounded to FP8 numbers, as numbers of their own dtype; the gradient passes through."""
+    x8, scale = quantised(x)
+    return x + jax.lax.stop_gradient((x8.astype(jnp.float32) * scale[:, None]).astype(x.dtype) - x)
 
 
 def _heights(rows):

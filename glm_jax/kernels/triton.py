@@ -78,12 +78,15 @@ def gate_up(
     tiles: Tiles,
     tile: Tile,
     keep: bool = False,
+    dtype: Any = None,
 ) -> tuple[Float[Array, "M F"], "Float[Array, 'M F2'] | None"]:
     """silu(gate x) * up x for every row, x's row `token[m]`, gate the first half of its matrix and up the second: K1.
-    `keep`: and the rows of gate and up themselves, for the backward pass, else None. Rows in no tile are undefined."""
+    In `dtype`, x's by default. `keep`: and the rows of gate and up themselves, for the backward pass, else None. Rows
+    in no tile are undefined."""
     M, F = token.shape[0], w.shape[1] // 2
     tile = tile.within(F, x.shape[1])
-    out = [((M, F), x.dtype), *([((M, 2 * F), x.dtype)] if keep else [])]
+    dtype = dtype or x.dtype
+    out = [((M, F), dtype), *([((M, 2 * F), dtype)] if keep else [])]
     kernel = functools.partial(_gate_up, tile=tile, F=F, scaled=scales is not None, keep=keep)
     args = [tiles.matrix, tiles.start, tiles.count, token, x, w, *([] if scales is None else [scales])]
     h, *both = _call(kernel, "glm_gate_up", (F // tile.n, tiles.count.shape[0]), out, tile, args)
@@ -99,21 +102,22 @@ def matmul(
     *,
     axis: int = 1,
     source: "Int[Array, 'M'] | None" = None,
-    target: "Int[Array, 'M'] | None" = None,
+    choices: "tuple[Int[Array, 'M'], Int[Array, 'M']] | None" = None,
     share: "Float[Array, 'M'] | None" = None,
+    dtype: Any = None,
 ) -> Float[Array, "M N"]:
     """Every row times its matrix, transposed if `axis` is 1 and it is [N, K], as it is if 0 and [K, N]: K2 and more.
 
-    Row m is x's row `source[m]` (default m), and becomes row `target[m]` of the result, times `share[target[m]]`.
-    Rows that are in no tile are undefined."""
+    Row m is x's row `source[m]` (default m). With `choices`, an order of rows and its inverse, it becomes row order[m]
+    of the result, times `share[order[m]]`. In `dtype`, x's by default. Rows that are in no tile are undefined."""
     N, K = (w.shape[1], w.shape[2]) if axis else (w.shape[2], w.shape[1])
     M = x.shape[0] if source is None else source.shape[0]
     tile = tile.within(N, K)
-    optional = {"source": source, "target": target, "share": share, "scales": scales}
+    optional = {"source": source, "target": choices and choices[0], "share": share, "scales": scales}
     has = tuple(name for name, a in optional.items() if a is not None)
     kernel = functools.partial(_matmul, tile=tile, K=K, axis=axis, has=has)
     args = [tiles.matrix, tiles.start, tiles.count, x, w, *(optional[name] for name in has)]
-    return _call(kernel, "glm_matmul", (N // tile.n, tiles.count.shape[0]), [((M, N), x.dtype)], tile, args)[0]
+    return _call(kernel, "glm_matmul", (N // tile.n, tiles.count.shape[0]), [((M, N), dtype or x.dtype)], tile, args)[0]
 
 
 def outer(
