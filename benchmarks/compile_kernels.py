@@ -150,8 +150,10 @@ def on_chip(hlo: str) -> dict:
     for line in (line for line in hlo.splitlines() if 'custom_call_target="tpu_custom_call"' in line):
         (name,) = re.findall(r'op_name="[^"]*\b(glm_\w+)[^"]*"', line)
         same = sum(n.split("__")[0] == name for n in kernels)
-        (used,) = re.findall(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"', line)
-        kernels[f"{name}__{same}" if same else name] = {"vmem": int(used)}
+        # Up to where, and from where on: before it may lie arrays that XLA keeps there.
+        place = r'_memory_configs":\[\{"memory_space":"1","offset":"(\d+)","size":"(\d+)"'
+        ((start, _),), ((_, end),) = (re.findall(f'"{key}{place}', line) for key in ("scoped", "used_scoped"))
+        kernels[f"{name}__{same}" if same else name] = {"vmem": int(end) - int(start)}
     return kernels
 
 
