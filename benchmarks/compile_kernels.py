@@ -1,13 +1,14 @@
-"""What the compilers for GPUs make of the experts' kernels at full size, without a GPU: registers and bytes spilt of
-each, its matrix instructions, and the temporary bytes of the step around it.
+"""What the compilers for GPUs and TPUs make of the experts' kernels at full size, with none of these there: of each
+kernel on a GPU registers, bytes spilt and matrix instructions, on a TPU the VMEM that it uses; and the temporary bytes
+of the step around them.
 
     python benchmarks/compile_kernels.py                 all cases, a process each; writes results/kernels.jsonl
     python benchmarks/compile_kernels.py --only h100
     python benchmarks/compile_kernels.py --case triton h100 glm-4.6 bfloat16 160 decode 64
 
 A "decode" step is four layers in a scan, the stack closed over; "train" is one layer's gradients, of FP8 weights the
-tokens' alone. A program that takes
-more shared memory than a block may have does not compile. Needs jax's CUDA plugin (docs/plan.md) and no driver."""
+tokens' alone. A program that takes more shared memory than a block may have, or more VMEM than was asked for, does not
+compile. Needs jax's CUDA plugin (docs/plan.md) and no driver; for TPUs libtpu."""
 
 import argparse
 import glob
@@ -46,7 +47,18 @@ MOSAIC: list[tuple] = [
     *[("h100", "glm-4.6", "bfloat16", 20, "train", 64)],
     ("h100", "glm-4.5-air", "bfloat16", 16, "train", 4096),
 ]
-CASES = [*(("triton", *case) for case in TRITON), *(("mosaic", *case) for case in MOSAIC)]
+MEGABLOX: list[tuple] = [
+    *[(d, "glm-4.6", "bfloat16", 20, "decode", T) for d in ("v5e", "v5p", "v6e") for T in (1, 64, 512, 4096, 16384)],
+    *[(d, "glm-4.5-air", "bfloat16", 16, "decode", T) for d in ("v5e", "v5p", "v6e") for T in (1, 64, 4096)],
+    *[("v5p", "glm-4.6", "bfloat16", 160, "decode", T) for T in (64, 4096)],
+    *[(d, "glm-4.6", "float8_e4m3fn", 20, "decode", T) for d in ("v5e", "v5p", "v6e") for T in (64, 4096)],
+    *[("v5p", "glm-4.6", "float32", 20, "decode", T) for T in (64, 4096)],
+    *[("v4", "glm-4.6", wide, 20, "decode", 64) for wide in ("bfloat16", "float8_e4m3fn")],
+    *[(d, "glm-4.6", "bfloat16", 20, "train", 4096) for d in ("v5e", "v5p", "v6e")],
+    ("v5p", "glm-4.5-air", "bfloat16", 16, "train", 4096),
+]
+FOR = {"triton": TRITON, "mosaic": MOSAIC, "megablox": MEGABLOX}
+CASES = [(kernels, *case) for kernels, cases in FOR.items() for case in cases]
 
 
 def compiled(kernels: str, device: str, model: str, form: str, E: int, step: str, T: int) -> dict:
@@ -63,15 +75,18 @@ def compiled(kernels: str, device: str, model: str, form: str, E: int, step: str
 
     from glm_jax.config import preset
     from glm_jax.kernels import routed_experts
-    from glm_jax.targets import chip, topology
+    from glm_jax.targets import SLICES, chip, topology
 
+    on_gpu = chip(device).platform == "cuda"
     c, kind, L = preset(model), chip(device).kind, 4 if step == "decode" else 1
     F, D = c.moe_intermediate_size, c.hidden_size
     activations = jnp.float8_e4m3fn if form == "fp8 activations" else None
     wide = "float8_e4m3fn" if activations is not None else form
-    mesh = jax.sharding.Mesh(np.array(topology(f"{device}:1")), ("x",))
+    states = "float32" if wide == "float32" else "bfloat16"
+    single = "1" if on_gpu else "x".join(["2", "2", "1"][: SLICES[device][0]])
+    mesh = jax.sharding.Mesh(np.array(topology(f"{device}:{single}"))[:1], ("x",))
     array = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype, sharding=jax.NamedSharding(mesh, jax.P()))
-    x, ids, share = array("bfloat16", T, D), array("int32", T, 8), array("float32", T, 8)
+    x, ids, share = array(states, T, D), array("int32", T, 8), array("float32", T, 8)
     weights = array(wide, L, E, 2, F, D), array(wide, L, E, D, F)
     scales = (array("float32", L, E, 2, F), array("float32", L, E, D)) if jnp.dtype(wide).itemsize == 1 else None
 
@@ -91,11 +106,11 @@ def compiled(kernels: str, device: str, model: str, form: str, E: int, step: str
     else:
         of = (0, 1) if scales else (0, 1, 2, 3)
         traced = jax.jit(jax.grad(loss, of)).trace(x, share, *weights, ids, scales)
-    # The Triton lowering of newer jax asks what the device is.
+    # The lowerings of newer jax ask what the device is.
     here = jax.sharding.AbstractMesh((), (), abstract_device=mesh.abstract_mesh.abstract_device)
     with jax.sharding.use_abstract_mesh(here):
-        program = traced.lower(lowering_platforms=("cuda",)).compile()
-    found = {}
+        program = traced.lower(lowering_platforms=(chip(device).platform,)).compile()
+    found = {} if on_gpu else on_chip(program.as_text())
     for file in sorted(glob.glob(f"{dump}/*.ptx")):
         text = Path(file).read_text()
         for entry in re.findall(r"\.entry (glm_\w+)", text):
@@ -129,13 +144,35 @@ def assembled(ptx: str) -> dict:
     }
 
 
+def on_chip(hlo: str) -> dict:
+    """The bytes of VMEM that each kernel on a TPU uses: blocks that come and go, sums, and what is spilt."""
+    kernels: dict = {}
+    for line in (line for line in hlo.splitlines() if 'custom_call_target="tpu_custom_call"' in line):
+        (name,) = re.findall(r'op_name="[^"]*\b(glm_\w+)[^"]*"', line)
+        same = sum(n.split("__")[0] == name for n in kernels)
+        # Up to where, and from where on: before it may lie arrays that XLA keeps there.
+        place = r'_memory_configs":\[\{"memory_space":"1","offset":"(\d+)","size":"(\d+)"'
+        ((start, _),), ((_, end),) = (re.findall(f'"{key}{place}', line) for key in ("scoped", "used_scoped"))
+        kernels[f"{name}__{same}" if same else name] = {"vmem": int(end) - int(start)}
+    return kernels
+
+
+GPU_HEADINGS, TPU_HEADINGS = ["registers", "bytes spilt", "instructions"], ["VMEM MiB"]
+
+
+def is_tpu(line: dict) -> bool:
+    return any("vmem" in kernel for kernel in line["compiled"].values())
+
+
 def rows(line: dict) -> list[str]:
     """The table's rows of a case."""
     head = [str(line[f]) for f in FIELDS]
+    if is_tpu(line):
+        said = lambda k: [f"{k['vmem'] / 2**20:.1f}"]
+    else:
+        said = lambda k: [str(k["registers"]), str(k["spilt"]), " ".join(k["mma"])]
     return [
-        "| "
-        + " | ".join([*head, name, str(k["registers"]), str(k["spilt"]), " ".join(k["mma"])])
-        + f" | {line['temporary_bytes'] / 2**20:,.0f} |"
+        "| " + " | ".join([*head, name, *said(k)]) + f" | {line['temporary_bytes'] / 2**20:,.0f} |"
         for name, k in line["compiled"].items()
     ]
 
@@ -169,11 +206,13 @@ def main() -> int:
         last[case] = json.loads(made.stdout.strip().splitlines()[-1]) | versions()
         print(*rows(last[case]), sep="\n", file=sys.stderr, flush=True)
         RESULTS.write_text("".join(json.dumps(last[case]) + "\n" for case in CASES if case in last))
-    headings = [*FIELDS, "kernel", "registers", "bytes spilt", "instructions", "temporaries MiB"]
-    print("| " + " | ".join(headings) + " |\n|" + "---|" * len(headings))
-    for case in CASES:
-        if case in last and args.only in " ".join(map(str, case)):
-            print(*rows(last[case]), sep="\n")
+    shown = [last[case] for case in CASES if case in last and args.only in " ".join(map(str, case))]
+    for tpu, own in ((False, GPU_HEADINGS), (True, TPU_HEADINGS)):
+        headings = [*FIELDS, "kernel", *own, "temporaries MiB"]
+        print("| " + " | ".join(headings) + " |\n|" + "---|" * len(headings))
+        for line in shown:
+            if is_tpu(line) == tpu:
+                print(*rows(line), sep="\n")
     return 1 if failed else 0
 
 

@@ -427,7 +427,7 @@ def _kernels_flag(p: argparse.ArgumentParser):
     p.add_argument(
         "--kernels",
         default="auto",
-        choices=("auto", "xla", "pallas", "triton", "mosaic"),
+        choices=("auto", "xla", "pallas", "triton", "mosaic", "megablox"),
         help="of the experts' matmuls: the device's fastest, none, or these and no other (default auto)",
     )
 

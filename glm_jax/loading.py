@@ -44,10 +44,10 @@ def load(
 
     `mesh` as in "expert=4,tensor=2", default: all devices, experts spread as far as they go. `dtype` ("bfloat16" or
     "float32") of weights and compute, default as stored; the router bias stays float32. `layers=N` reads the first N
-    layers only. `kernels` of the experts' matmuls: "auto", "xla", "pallas", "triton" or "mosaic". `memory` is how many
-    bytes of the host's may hold weights on their way to devices; for devices that are the host each is read where it
-    stays. `progress(done, total)` is told bytes. Everything is checked, the devices' memory too, before a weight is
-    read. Raises BadInput, MissingInput, NoSpace or UsageError, each with one line that says what to change."""
+    layers only. `kernels` of the experts' matmuls: one of `kernels.IMPLEMENTATIONS`. `memory` is how many bytes of
+    the host's may hold weights on their way to devices; for devices that are the host each is read where it stays.
+    `progress(done, total)` is told bytes. Everything is checked, the devices' memory too, before a weight is read.
+    Raises BadInput, MissingInput, NoSpace or UsageError, each with one line that says what to change."""
     options: dict[str, Any] = {"revision": revision, "token": token, "offline": offline}
     devices = jax.devices()  # of several processes the first to ask waits for the others
     with agreed():

@@ -394,8 +394,7 @@ class GLM(nnx.Module):
 
     `GLM(config)` has random weights (`seed`), spread over `mesh` by `rules`; with `seed=None` the weights stay
     abstract, shapes and shardings only. `mesh` is a text as "expert=4,tensor=2", a Mesh, or None for one device.
-    `kernels` of the experts' matmuls: "auto", "xla" (none), "pallas", "triton" or "mosaic"; an error where they cannot
-    run."""
+    `kernels` of the experts' matmuls: one of `kernels.IMPLEMENTATIONS`; an error where they cannot run."""
 
     def __init__(
         self,

@@ -151,22 +151,25 @@ def _working_bytes(
         attention = {"a layer's keys, or its values": held(layer), "scores": held(B * N * own_slots * (4 + wide))}
         attention["slices of weights"] = held(one)
     # The experts: the tokens of the group as they come and what becomes of them, and the rows that are worked on at
-    # once: on a TPU read, looked up, multiplied; a GPU's kernels, which multiply 16 bits, write what is between gate
-    # and down, and the answers.
+    # once. A GPU's kernels write what is between gate and down, and the answers; a TPU's beside these the rows that are
+    # looked up, or the answers in their order. Where there is no kernel, they are looked up, padded and multiplied.
     own = [a for a in mesh_axes([rules.experts]) if a in mesh_axes([rules.batch, rules.seq])]
     group, F = B * T * size(*own), c.moe_intermediate_size // size(rules.expert_ffn)
     at_once = min(group, rows_at_once(k, D)) * k
-    if dispatch.sends(size(*own), device_kind(mesh)):
-        in_and_out = held(group * D * wide) * (4 if tpu else 2)
-    else:
-        in_and_out = held(group * D * 4) // 4 * (wide + 4) * (3 if tpu else 2) // 2
     stacks = [jax.ShapeDtypeStruct((max(1, c.moe_layers), 1, *sides), c.dtype) for sides in ((2, F, D), (D, F))]
     by_kernels = choose("auto", device_kind(mesh), jax.ShapeDtypeStruct((1, D), c.dtype), stacks) != "xla"
-    per_row = (2 * D + 2 * F) / D if tpu else (D + F) / D if by_kernels else (D + 3 * F) / D
+    if dispatch.sends(size(*own), device_kind(mesh)):
+        in_and_out = held(group * D * wide) * ((3 if by_kernels else 4) if tpu else 2)
+    else:
+        in_and_out = held(group * D * 4) // 4 * (wide + 4) * (3 if tpu else 2) // 2
+    if tpu:
+        per_row = (2 * D + F) / D if by_kernels else (2 * D + 2 * F) / D
+    else:
+        per_row = (D + F) / D if by_kernels else (D + 3 * F) / D
     experts = {"the expert group's tokens": in_and_out, "rows of the experts": int(held(at_once * D * wide) * per_row)}
     # A layer's slices of stacked weights.
     dense = 2 * D * c.intermediate_size // size(rules.ffn) * wide if c.dense_layers > 1 else 0
-    weights = {"slices of weights": held(one, dense) if tpu else max(one, dense)}
+    weights = {"slices of weights": held(max(one, dense))}
     phases = (attention, experts if c.moe_layers else {}, weights)
     return always | max(phases, key=lambda terms: sum(terms.values()))
 

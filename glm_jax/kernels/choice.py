@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from glm_jax.errors import UsageError
-from glm_jax.kernels import mosaic, triton
+from glm_jax.kernels import megablox, mosaic, triton
 
 # pallas: the platform's kernels, an error where it has none
-IMPLEMENTATIONS = ("auto", "xla", "pallas", "triton", "mosaic")
+IMPLEMENTATIONS = ("auto", "xla", "pallas", "triton", "mosaic", "megablox")
 # Bytes of shared memory that a block may have, by compute capability, where it is more than the least.
 LEAST_SHARED = 101_376
 SHARED: dict[tuple[int, ...], int] = {
@@ -77,19 +77,22 @@ def cores(kind: str) -> int:
 
 
 def choose(implementation: str, kind: str, x: Any, weights: list, activations: Any = None) -> str:
-    """ "xla", "triton" or "mosaic": the one asked for, or with "auto" what is likely the fastest that can run. `x` and
-    the weights [L, E, ...] are arrays or their shapes.
+    """ "xla", "triton", "mosaic" or "megablox": the one asked for, or with "auto" what is likely the fastest that can
+    run. `x` and the weights [L, E, ...] are arrays or their shapes.
 
     Of those for GPUs that is "triton", which has been measured by others; "mosaic" multiplies FP8 activations, goes
     where Triton's offsets do not, and where a jax has no Triton lowering.
 
     Raises UsageError for an unknown name, and for one that cannot run, with the reason. "auto" says once in the log
-    why a GPU does without a kernel."""
+    why a GPU or a TPU does without a kernel."""
     if implementation not in IMPLEMENTATIONS:
         raise UsageError(f"kernels {implementation!r}: they are one of {', '.join(IMPLEMENTATIONS)}")
-    if implementation == "xla" or (implementation == "auto" and not _is_gpu(kind)):
+    is_tpu = kind.startswith("TPU")
+    if implementation == "xla" or (implementation == "auto" and not is_tpu and not _is_gpu(kind)):
         return "xla"
-    able = {"triton": _why_not_triton, "mosaic": _why_not_mosaic}
+    able = {"triton": _why_not_triton, "mosaic": _why_not_mosaic, "megablox": _why_not_megablox}
+    if implementation not in able:
+        able = {name: able[name] for name in (("megablox",) if is_tpu else ("triton", "mosaic"))}
     if implementation in able:
         able = {implementation: able[implementation]}
     elif activations is not None:
@@ -97,7 +100,7 @@ def choose(implementation: str, kind: str, x: Any, weights: list, activations: A
     why = {name: reason(kind, x, weights) for name, reason in able.items()}
     if chosen := next((name for name, reason in why.items() if not reason), None):
         return chosen
-    reason = why.get("triton") or why["mosaic"]
+    reason = why.get("triton") or next(iter(why.values()))
     if implementation != "auto":
         raise UsageError(f"kernels {implementation!r} cannot run here: {reason}; 'auto' takes what can")
     _say(f"the experts' matmuls run without a kernel on {kind}: {reason}")
@@ -144,6 +147,23 @@ def _why_not_mosaic(kind, x, weights) -> str:
             return f"weights of {w.dtype} with states of {x.dtype}; it takes the same, or float8_e4m3fn"
         if odd := [n for n in w.shape[-2:] if n % mosaic.HIGH]:
             return f"a matrix has a side of {odd[0]}, which is no multiple of {mosaic.HIGH}"
+    return ""
+
+
+def _why_not_megablox(kind, x, weights) -> str:
+    if megablox.pltpu is None:
+        return f"jax {jax.__version__} has no Mosaic lowering for TPUs"
+    if not megablox.INTERPRET and (not kind.startswith("TPU") or kind in ("TPU v2", "TPU v3")):
+        return f"it needs a TPU v4 or newer, the device is {kind or 'unknown'!r}"
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"it multiplies bfloat16 or float32, not {x.dtype}"
+    for w in weights:
+        if w.dtype not in (x.dtype, jnp.float8_e4m3fn):
+            return f"weights of {w.dtype} with states of {x.dtype}; it takes the same, or float8_e4m3fn"
+        if odd := [n for n in w.shape[-2:] if n % 16]:
+            return f"a matrix has a side of {odd[0]}, which is no multiple of 16"
+        if max(w.shape[-2:]) > (most := megablox.widest(kind, x.dtype)):
+            return f"a matrix has a side of {max(w.shape[-2:]):,}; of {x.dtype} its memory on the chip holds {most:,}"
     return ""
 
 

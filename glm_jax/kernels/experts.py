@@ -3,7 +3,8 @@
 Which implementation runs is chosen while tracing (`choice`). "xla": loops over row tiles on plain XLA, everywhere
 (`row_tiles`). "triton": two Pallas kernels on NVIDIA GPUs (`triton`): gather, gate, up and SiLU; then down times the
 routing weight, into the order of the choices; a dense sum over each token's choices remains for XLA. "mosaic": two on
-Hopper (`mosaic`), which leave the gather and the order of the choices to XLA too. The modules of kernels have the same
+Hopper (`mosaic`), and "megablox": two on TPUs (`megablox`), which leave the gather and the order of the choices to XLA
+too. The modules of kernels have the same
 functions; the experts' formula, forward and backward, is here."""
 
 import functools
@@ -14,10 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from glm_jax.errors import UsageError
-from glm_jax.kernels import choice, mosaic, row_tiles, tiles, triton
+from glm_jax.kernels import choice, megablox, mosaic, row_tiles, tiles, triton
 from glm_jax.kernels.routing import by_expert, quantised, varying
 
-KERNELS = {"triton": triton, "mosaic": mosaic}
+KERNELS = {"triton": triton, "mosaic": mosaic, "megablox": megablox}
 GATHERED = 2**28  # numbers in the rows that experts work on at once, at most: 4,096 tokens of GLM-4.6
 
 
@@ -133,6 +134,8 @@ class Plan(NamedTuple):
         sizes = rows / self.all_experts, N, K, x.dtype, weights.dtype
         if self.kernels is mosaic:
             return mosaic.tile(kernel, choice.cores(self.kind), *sizes, self.train)
+        if self.kernels is megablox:
+            return megablox.tile(kernel, self.kind, rows, *sizes)
         return tiles.tile(kernel, self.kind, choice.shared_memory(self.kind), *sizes)
 
     def rounded(self, x):
