@@ -61,6 +61,7 @@ def save(variant: str, folder: Path, mtp_file: bool = True, copies: bool = False
     """Writes the variant's Hugging Face folder, in two shards and their index. The MTP layer is in a file of its own as
     in GLM-4.6 and 4.7 or in the last shard, with or without its copies of the embedding and the head."""
     config = config_json(variant)
+    folder.mkdir(exist_ok=True)
     layer = f"model.layers.{config['num_hidden_layers']}."
     tensors = {name: reference.weight(name, shape) for name, shape in shapes(config).items()}
     if copies:

@@ -50,11 +50,8 @@ def tell(capfd, *argv: object) -> tuple[int, str, str]:
 
 def process(*argv: object, **options) -> subprocess.Popen:
     """Starts a command of its own process, on one CPU device."""
-    env = (
-        os.environ
-        | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-        | options.pop("env", {})
-    )
+    one = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": one} | options.pop("env", {})
     command = [sys.executable, "-m", "glm_jax", *map(str, argv)]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     # A shell that runs the tests in the background has SIGINT ignored, and a child would inherit that.

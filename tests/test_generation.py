@@ -29,6 +29,8 @@ PROMPTS = [[5, 9, 2], [17], [3, 3, 3, 88, 100, 4, 120]]
 SAMPLED = dict(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.1)
 CLOSE = 2e-5  # of the logits' standard deviation
 MESHES = ["data=1", "expert=2,tensor=2"]
+MOSTLY_ON_A_MESH = [pytest.param(MESHES[0], marks=pytest.mark.slow), MESHES[1]]
+mostly_on_a_mesh = pytest.mark.parametrize("model", MOSTLY_ON_A_MESH, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module", params=MESHES)
@@ -72,6 +74,7 @@ def close(a, b):
 # ---- the cache
 
 
+@mostly_on_a_mesh
 def test_token_by_token_equals_the_whole(model):
     ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 12))
     whole, none = model(ids)
@@ -83,6 +86,7 @@ def test_token_by_token_equals_the_whole(model):
     assert np.array_equal(cache.length, [12, 12])
 
 
+@mostly_on_a_mesh
 @pytest.mark.parametrize("cut", [pytest.param(1, marks=pytest.mark.slow), 20])
 def test_a_prompt_in_two_parts_equals_the_whole(model, cut):
     ids = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (2, 23))
@@ -94,6 +98,7 @@ def test_a_prompt_in_two_parts_equals_the_whole(model, cut):
         model(ids[:, :10], cache)
 
 
+@mostly_on_a_mesh
 def test_rows_of_their_own_length(model):
     """Each row's cache goes on from its own end, whatever padding was computed behind it."""
     rng, lengths = np.random.default_rng(2), np.array([3, 9], np.int32)
@@ -137,6 +142,7 @@ def test_a_cache_is_spent_with_the_call(single):
 # ---- batches
 
 
+@mostly_on_a_mesh
 @pytest.mark.parametrize("options", [{}, pytest.param(SAMPLED, marks=pytest.mark.slow)], ids=["greedy", "filtered"])
 def test_a_prompt_in_chunks_is_the_prompt(model, monkeypatch, options):
     """Chunks of 8, 8 and the rest: prompts end in each of them, at their borders too."""
@@ -149,7 +155,7 @@ def test_a_prompt_in_chunks_is_the_prompt(model, monkeypatch, options):
         np.testing.assert_allclose(step[1], want[1], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("cut", MESHES)
+@pytest.mark.parametrize("cut", MOSTLY_ON_A_MESH)
 def test_padding_is_no_experts_work(cut):
     """NaN in every expert that no token chose but padding would: it would be among the values that the next layer
     attends to, where a weight of zero does not take it away."""

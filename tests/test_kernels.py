@@ -71,9 +71,17 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+# Each layout in float32, and some of them in bfloat16 too.
+IN_BFLOAT16 = ("uneven", "several tiles", "nothing")
+LAYOUTS = [pytest.param(sizes, FLOAT32, id=f"{name}-float32") for name, sizes in SIZES.items()]
+LAYOUTS += [
+    pytest.param(sizes, BFLOAT16, id=f"{name}-bfloat16", marks=() if name in IN_BFLOAT16 else pytest.mark.slow)
+    for name, sizes in SIZES.items()
+]
+
+
+@pytest.mark.parametrize("sizes, dtype", LAYOUTS)
 @pytest.mark.parametrize("rest", [pytest.param(0, marks=pytest.mark.slow), 9])
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 def test_grouped_matmul(sizes, rest, dtype):
     rows = max(1, sum(sizes) + rest)
     lhs, rhs = normal((rows, 24), dtype), normal((2, len(sizes), 12, 24), dtype)
@@ -86,7 +94,7 @@ def test_grouped_matmul(sizes, rest, dtype):
     assert not np.asarray(out)[sum(sizes) :].any()  # exactly zero past the last group
 
 
-@pytest.mark.parametrize("rows", range(1, 9))
+@pytest.mark.parametrize("rows", [1, 3, 8, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4, 5, 6, 7))])
 @pytest.mark.parametrize("K", [12, 24, 200, 257, 1024, 5120])
 def test_few_rows(rows, K):
     assert is_few(rows, FLOAT32)
@@ -209,9 +217,15 @@ def test_a_row_that_is_not_finite_stays_out_of_other_gradients():
     assert np.isfinite(jax.jit(jax.grad(ours))(rhs)).all()
 
 
-@pytest.mark.parametrize("T", [6, 100])
-@pytest.mark.parametrize("axes", ["expert=4,tensor=2", "expert=8", "tensor=4", "data=2,expert=2,tensor=2"])
-def test_inside_shard_map(T, axes):
+@pytest.mark.parametrize(
+    "axes, T",
+    [("expert=4,tensor=2", 6), ("expert=8", 100), ("tensor=4", 6), ("data=2,expert=2,tensor=2", 100)]
+    + [
+        pytest.param(axes, T, marks=pytest.mark.slow)
+        for axes, T in (("expert=4,tensor=2", 100), ("expert=8", 6), ("tensor=4", 100), ("data=2,expert=2,tensor=2", 6))
+    ],
+)
+def test_inside_shard_map(axes, T):
     # As the model calls it: experts over `expert`, their width over `tensor`, tokens whole. check_vma is on: a result
     # that is not the same on every device of an axis that out_specs leaves out is an error while tracing.
     made = mesh(axes)

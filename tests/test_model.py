@@ -93,7 +93,12 @@ def single_gradients(name):
     return gradients(made(name), ROWS, mtp_weight=mtp_weight(name))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+SLOW_VARIANTS = ("tied, no biases, no QK-norm", "no dense layer")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW_VARIANTS else ()) for name in VARIANTS]
+)
 @pytest.mark.parametrize(
     "at, by",
     [("expert=4,tensor=2", "ep"), pytest.param("data=2,expert=2,tensor=2", "tp", marks=pytest.mark.slow)],
@@ -252,8 +257,13 @@ def test_attention_blocks_change_nothing(monkeypatch):
 
     def run(block):
         monkeypatch.setattr(model_module, "QUERY_BLOCK", block)
-        scalar = lambda q, k, v: (attention(q, k, v, positions) ** 2).sum()
-        return [np.asarray(a) for a in (attention(q, k, v, positions), *jax.jit(jax.grad(scalar, (0, 1, 2)))(q, k, v))]
+
+        def scalar(q, k, v):
+            out = attention(q, k, v, positions)
+            return (out**2).sum(), out
+
+        (_, out), grads = jax.jit(jax.value_and_grad(scalar, (0, 1, 2), has_aux=True))(q, k, v)
+        return [np.asarray(a) for a in (out, *grads)]
 
     whole = run(64)
     scores = np.einsum("btkgh,bksh->bkgts", np.asarray(q).reshape(2, 37, 4, 2, 16), k) / 4
@@ -275,7 +285,7 @@ def test_self_attention_is_attention_over_its_own_keys(T, kept, monkeypatch):
     positions = jnp.broadcast_to(jnp.arange(T), (2, T))
     if not kept:
         monkeypatch.setattr(model_module, "KEPT_SCORES", 0)
-    for f in (lambda f: f, lambda f: jax.jit(jax.grad(lambda *qkv: (f(*qkv) ** 2).sum(), (0, 1, 2)))):
+    for f in (jax.jit, lambda f: jax.jit(jax.grad(lambda *qkv: (f(*qkv) ** 2).sum(), (0, 1, 2)))):
         ours, theirs = f(self_attention)(q, k, v), f(lambda q, k, v: attention(q, k, v, positions))(q, k, v)
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
             assert np.abs(np.asarray(a - b)).max() <= 2e-6 * np.abs(np.asarray(b)).max()

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FEW = dict(num_hidden_layers=2, n_routed_experts=8, num_experts_per_tok=2, hidden_size=32, num_nextn_predict_layers=0)
 LAUNCHERS = ("SLURM", "OMPI", "PMI", "JOB_COMPLETION", "JAX_COORD", "JAX_NUM_P", "JAX_PROCESS", "TPU_", "KUBERNETES")
 # Process 1 compiles anew every time, since jax keeps no programs but those of process 0; quickly, then.
-FAST = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+FAST = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"  # the last of two flags is heeded
 
 
 def free_port() -> int:

@@ -15,7 +15,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax import P
-from test_kernels import BFLOAT16, FLOAT32, SIZES, choose, grouped_in_numpy, normal, routed_densely, routed_in_numpy
+from test_kernels import (
+    BFLOAT16,
+    FLOAT32,
+    LAYOUTS,
+    SIZES,
+    choose,
+    grouped_in_numpy,
+    normal,
+    routed_densely,
+    routed_in_numpy,
+)
 
 from glm_jax.config import preset
 from glm_jax.errors import UsageError
@@ -118,7 +128,7 @@ def test_no_tokens(interpreted, implementation):
     assert multiply(x[:, :16], normal((1, 3, 32, 16), BFLOAT16), np.zeros(3, np.int32)).shape == (0, 32)
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("dtype", [FLOAT32, pytest.param(BFLOAT16, marks=pytest.mark.slow)], ids=str)
 def test_gradients(interpreted, dtype):
     x, ids, share, gate_up, down = case(40, 7, 64, 32, dtype, k=3)
     ids[ids == 2] = -1  # nobody here chooses expert 2
@@ -159,8 +169,7 @@ def test_gradients_through_frozen_fp8_weights(interpreted, implementation):
         assert distance(g, np.asarray(w)) < 1e-5
 
 
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("sizes, dtype", LAYOUTS)
 def test_grouped_matmul(interpreted, sizes, dtype):
     if sum(sizes) > 600:
         sizes = [n // 4 for n in sizes]
@@ -351,9 +360,12 @@ def test_offsets_of_one_byte_numbers():
 
 
 def test_tiles_cover_every_row_once():
+    made_of = jax.jit(triton.tiles_of, static_argnums=(1, 2))
     for sizes, height in itertools.product([*SIZES.values(), [0] * 160, [7] * 160], (16, 64)):
         M = max(1, sum(sizes) + 3)
-        made = jax.jit(triton.tiles_of, static_argnums=(1, 2))(np.asarray(sizes), M, height, 5)
+        if 9 < M < 420:  # of several sizes one program, with more rows past the last group
+            sizes, M = sizes + [0] * (8 - len(sizes)), 420
+        made = made_of(np.asarray(sizes), M, height, 5)
         columns = (np.asarray(a).tolist() for a in (made.matrix, made.start, made.count))
         rows = [(m - 5, r) for m, s, n in zip(*columns, strict=True) for r in range(s, s + n)]
         assert rows == [(e, r) for e, r in zip(np.repeat(np.arange(len(sizes)), sizes), range(sum(sizes)), strict=True)]
