@@ -1,11 +1,15 @@
 """The routed experts of one layer of GLM-4.6 on one GPU: time, beside the least that this GPU could take.
 
-    PYTHONPATH=. python benchmarks/experts_gpu.py [--minutes 8]   # as gpu.py --only experts_speed, which it calls
+    PYTHONPATH=. python benchmarks/experts_gpu.py [--minutes 9]   # as gpu.py --only experts_speed, which it calls
 
 First what the device can: bytes/s of a copy, FLOP/s of a large matmul. The floor of a case is the longer of its bytes
 at the one and its FLOP at the other, and every speed is given as floor / time too. Bytes: the weights and scales of the
 experts that were drawn, once; the tokens that chose one of them, once; what is between gate and down and each choice's
-answer, written and read; the sum. FLOP: 6 F D for each row. FP8 weights are multiplied in bfloat16: its FLOP/s count.
+answer, written and read; the sum. FLOP: 6 F D for each row. FP8 weights are multiplied in bfloat16: its FLOP/s count;
+with FP8 activations ("w8a8") those of an FP8 matmul, or twice bfloat16's where XLA's cannot be measured.
+
+"forward" and "backward" are the kernels through Triton; "mosaic", "w8a8" and "mosaic back" those through Mosaic, on
+Hopper.
 
 EP=8 is one device of a group of eight, with 20 of 160 experts: of T tokens a device it sees 8 T, of whose 64 T choices
 about 8 T are its own. Routings: "uniform"; "zipf", where expert r is drawn as 1 / (1 + r) and the device has the most
@@ -35,7 +39,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from glm_jax.kernels import routed_experts  # noqa: E402
+from glm_jax.kernels import choice, mosaic, routed_experts  # noqa: E402
 
 DRAWS = 4  # of routing, that a loop goes through in turn
 HUGE = 1e30  # no number here is: what a turn's answer is compared with, so that none can be left out or taken together
@@ -61,6 +65,15 @@ AIMS = {
         16384: (0.6, 0.75),
     },
 }
+# Ours: whether they run backward too, their implementation (None: what there is), and what activations are rounded to.
+OURS: dict = {
+    "forward": (False, None, None),
+    "mosaic": (False, "mosaic", None),
+    "w8a8": (False, "mosaic", FP8),
+    "backward": (True, None, None),
+    "mosaic back": (True, "mosaic", None),
+    "xla": (False, "xla", None),
+}
 AIMS_OF_FP8 = {T: (0.6, 0.8) for T in (8, 64, 256)}
 
 
@@ -84,7 +97,7 @@ DRY = Sizes(32, 2, 32, 64, (4, 1), 2**16, 64)
 class Case(NamedTuple):
     """One line of the table."""
 
-    what: str  # forward, backward, or another implementation's name
+    what: str  # one of OURS, or another implementation's name
     ep: int
     weights: str
     routing: str
@@ -103,6 +116,14 @@ def layers(ep: int, weights: str) -> int:
 def implementation() -> str:
     """The kernels on an NVIDIA GPU, so that a case that does not get them is an error; else what there is."""
     return "triton" if "NVIDIA" in jax.devices()[0].device_kind else "auto"
+
+
+def why_not(what: str) -> str:
+    """Why this device cannot run it; nothing if it can."""
+    kind = jax.devices()[0].device_kind
+    if OURS.get(what, (0, 0))[1] != "mosaic" or (mosaic.plgpu and choice.capability(kind) == (9, 0)):
+        return ""
+    return f"Mosaic's kernels need an NVIDIA GPU of compute capability 9.0, the device is {kind!r}"
 
 
 # ---- arrays, made on the device
@@ -141,12 +162,16 @@ def random_routing(E: int, k: int, tokens: int, ep: int, routing: str):
 # ---- what is timed: loops that XLA can take no turn out of
 
 
-@functools.partial(jax.jit, static_argnames=("n", "implementation", "experts"))
-def forward(x, ids, share, gate_up, down, scales, *, n: int, implementation: str, experts: int):
+@functools.partial(jax.jit, static_argnames=("n", "implementation", "experts", "activations"))
+def forward(
+    x, ids, share, gate_up, down, scales, *, n: int, implementation: str, experts: int, activations: str | None
+):
+    options = x.dtype, scales, implementation, None, experts, activations and jnp.dtype(activations)
+
     def turn(i, y):
         chosen = ids[i % DRAWS] + (y[0, 0] > HUGE).astype(ids.dtype)
         layer = (i % gate_up.shape[0]).astype(jnp.int32)
-        return routed_experts(x, chosen, share, gate_up, down, layer, x.dtype, scales, implementation, None, experts)
+        return routed_experts(x, chosen, share, gate_up, down, layer, *options)
 
     return jax.lax.fori_loop(0, n, turn, jnp.zeros_like(x))
 
@@ -189,12 +214,24 @@ def products(a, b, *, n: int):
     return jax.lax.fori_loop(0, n, lambda _, a: a @ b, a)
 
 
-def timed(run: Callable, n: int) -> dict:
-    """Milliseconds of one of a call's `n` turns: the median of 3 to 9 calls, and the range of them over it."""
+@functools.partial(jax.jit, static_argnames="n")
+def fp8_products(a, b, *, n: int):
+    """a @ b.T of FP8 numbers in bfloat16, with scales as XLA looks for them to multiply FP8 with FP8."""
+
+    def turn(_, y):
+        one = jnp.where(y[0, 0] > HUGE, 2, 1).astype(BF16)  # no turn is another's
+        return (a.astype(BF16) * one) @ (b.astype(BF16) * one).T
+
+    return jax.lax.fori_loop(0, n, turn, jnp.zeros((a.shape[0], b.shape[0]), BF16))
+
+
+def timed(run: Callable, n: int, seconds: float = 0.7) -> dict:
+    """Milliseconds of one of a call's `n` turns: the median of 3 calls, or up to 9 in so many seconds, and the range of
+    them over it."""
     start = time.perf_counter()
     jax.block_until_ready(run())
     first, times = time.perf_counter() - start, []
-    while len(times) < 3 or (len(times) < 9 and sum(times) < 0.7):
+    while len(times) < 3 or (len(times) < 9 and sum(times) < seconds):
         start = time.perf_counter()
         jax.block_until_ready(run())
         times.append(time.perf_counter() - start)
@@ -203,19 +240,30 @@ def timed(run: Callable, n: int) -> dict:
 
 
 def ceilings(sizes: Sizes) -> dict:
-    """Bytes/s, read and written, and FLOP/s of bfloat16, of this device."""
+    """Bytes/s, read and written, and FLOP/s of bfloat16 and of FP8, of this device."""
     n = 50
     copy = timed(lambda: copies(sizes.copied, n=n), n)
     keys = jax.random.split(jax.random.key(6))
     a, b = (jax.random.normal(key, (sizes.side, sizes.side), BF16) for key in keys)
-    b = b * jnp.asarray(sizes.side**-0.5, BF16)
-    product = timed(lambda: products(a, b, n=n), n)
-    return {
+    product = timed(lambda: products(a, b * jnp.asarray(sizes.side**-0.5, BF16), n=n), n)
+    rate = lambda spent: 2e3 * sizes.side**3 / spent["ms"]
+    found = {
         "bytes_s": 2e3 * 4 * sizes.copied / copy["ms"],
-        "flop_s": 2e3 * sizes.side**3 / product["ms"],
+        "flop_s": rate(product),
+        "fp8_flop_s": 2 * rate(product),
+        "fp8_is": "twice bfloat16's",
         "copy": copy,
         "matmul": product,
     }
+    try:
+        a, b = a.astype(FP8), b.astype(FP8)
+        fp8 = timed(lambda: fp8_products(a, b, n=n), n)
+    except Exception as error:
+        return found | {"fp8_matmul": f"{type(error).__name__}: {error}"[:200]}
+    # As fast as bfloat16 it was widened; much more than twice as fast, left out.
+    if 1.2 < rate(fp8) / rate(product) < 2.5:
+        found |= {"fp8_flop_s": rate(fp8), "fp8_is": "measured"}
+    return found | {"fp8_matmul": fp8}
 
 
 # ---- a case's own numbers
@@ -228,9 +276,10 @@ def work(sizes: Sizes, case: Case, ids: np.ndarray) -> dict:
     experts = sum(len(np.unique(draw[draw >= 0])) for draw in ids) / len(ids)
     tokens = (ids >= 0).any(-1).sum() / len(ids)
     weights = experts * (3 * F * D * size + (4 * (2 * F + D) if size == 1 else 0))
-    states = 2 * (tokens * D + 2 * rows * F + 2 * rows * D + ids.shape[1] * D)
+    between = 1 if case.what == "w8a8" else 2  # bytes a number
+    states = 2 * (tokens * D + between * rows * F + 2 * rows * D + ids.shape[1] * D)
     # Back: the weights are read again and as much is written, the states of three passes; each product has two more.
-    times = 3 if case.what == "backward" else 1
+    times = 3 if OURS.get(case.what, (False,))[0] else 1
     return {
         "experts": experts,
         "rows": rows,
@@ -239,17 +288,18 @@ def work(sizes: Sizes, case: Case, ids: np.ndarray) -> dict:
     }
 
 
-def floor_ms(done: dict, ceiling: dict) -> float:
-    return 1e3 * max(done["gb"] * 1e9 / ceiling["bytes_s"], done["gflop"] * 1e9 / ceiling["flop_s"])
+def floor_ms(case: Case, done: dict, ceiling: dict) -> float:
+    rate = ceiling["fp8_flop_s" if case.what == "w8a8" else "flop_s"]
+    return 1e3 * max(done["gb"] * 1e9 / ceiling["bytes_s"], done["gflop"] * 1e9 / rate)
 
 
 def judged(case: Case, done: dict, spent: dict, ceiling: dict) -> dict:
     """A case's line of the table, from its work, its time and the ceilings; aims are of ours, forward, uniform."""
-    floor = floor_ms(done, ceiling)
+    floor = floor_ms(case, done, ceiling)
     fraction, rates = floor / spent["ms"], {"tb_s": done["gb"] / spent["ms"], "tflop_s": done["gflop"] / spent["ms"]}
     aims = AIMS_OF_FP8 if case.weights == FP8 else AIMS[case.ep]
     must, good = aims.get(case.tokens, (None, None))
-    if (case.what, case.routing) != ("forward", "uniform"):
+    if case.what not in ("forward", "mosaic") or case.routing != "uniform":
         must = good = None
     found = done | spent | rates | {"floor_ms": floor, "fraction": fraction, "must": must, "good": good}
     return case._asdict() | {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in found.items()}
@@ -300,7 +350,13 @@ def plan(sizes: Sizes) -> list[Case]:
     middle = 4 if sizes is DRY else 1024
     kinds = [(ep, weights) for weights in (BF16, FP8) for ep in (8, 1)]
     cases = [case for kind in kinds for case in uniform("forward", *kind, sizes.tokens)]
-    cases += uniform("backward", 8, BF16, dict.fromkeys((large, middle)))
+    for kind in sorted(kinds, key=lambda kind: -kind[0]):
+        cases += uniform("mosaic", *kind, [T for T in sizes.tokens if T not in (1, 256)])
+        if kind == (8, BF16):
+            for what in ("backward", "mosaic back"):
+                cases += uniform(what, *kind, dict.fromkeys((large, middle)))
+        elif FP8 in kind:
+            cases += uniform("w8a8", *kind, [T for T in sizes.tokens if T >= middle])
     cases += uniform("xla", 8, BF16, (small, middle)) + uniform("ragged_dot", 8, BF16, (small, middle))
     cases += uniform("tokamax", 8, BF16, dict.fromkeys((large, middle, small)))
     cases += [] if sizes is DRY else uniform("tokamax", 1, BF16, (small, large)) + uniform("xla", 1, BF16, (small,))
@@ -318,28 +374,29 @@ def plan(sizes: Sizes) -> list[Case]:
 def prepared(sizes: Sizes, case: Case, ceiling: dict, held: dict) -> tuple[functools.partial, int, dict]:
     """What to time, its turns, a turn's work. `held` has the weights of the last case, by what they are: two kinds may
     not fit."""
-    E, own = sizes.E // case.ep, case.what in ("forward", "backward", "xla")
-    routing = lambda how: random_routing(sizes.E, sizes.k, case.tokens * case.ep, case.ep, how)
+    E, (back, how, activations) = sizes.E // case.ep, OURS.get(case.what, (False, None, None))
+    own, how = case.what in OURS, how or implementation()
+    routing = lambda popular: random_routing(sizes.E, sizes.k, case.tokens * case.ep, case.ep, popular)
     ids, share = routing(case.routing)
     if not own:  # rows are as many as a draw has, and an array has one shape
         ids = ids[:1]
     x = jax.random.normal(jax.random.key(7), (case.tokens * case.ep, sizes.D), BF16)
     done = work(sizes, case, np.asarray(ids))
     # Turns as of uniform routing, so that nothing is compiled again; few of what may be many times slower.
-    floor = floor_ms(work(sizes, case, np.asarray(routing("uniform")[0])), ceiling)
-    n = turns(sizes, floor, 40 if case.what in ("forward", "backward") else 10)
+    floor = floor_ms(case, work(sizes, case, np.asarray(routing("uniform")[0])), ceiling)
+    n = turns(sizes, floor, 40 if own and how != "xla" else 10)
     if (kind := (layers(case.ep, case.weights), E, sizes.F, sizes.D, case.weights)) not in held:
         held.clear()  # before others are made
         held[kind] = random_weights(*kind)
     gate_up, down, scales = held[kind]
-    if case.what == "backward":
+    if back:
         dy = jax.random.normal(jax.random.key(8), x.shape, BF16)
         arrays = x, ids, share, gate_up[:1], down[:1], dy
-        run = functools.partial(backward, *arrays, n=n, implementation=implementation(), experts=sizes.E)
+        run = functools.partial(backward, *arrays, n=n, implementation=how, experts=sizes.E)
     elif own:
-        how = "xla" if case.what == "xla" else implementation()
         arrays = x, ids, share, gate_up, down, scales
-        run = functools.partial(forward, *arrays, n=n, implementation=how, experts=sizes.E)
+        options = dict(implementation=how, experts=sizes.E, activations=activations)
+        run = functools.partial(forward, *arrays, n=n, **options)
     else:
         if case.what == "tokamax":
             from tokamax import ragged_dot
@@ -356,6 +413,8 @@ def prepared(sizes: Sizes, case: Case, ceiling: dict, held: dict) -> tuple[funct
 
 def measured(sizes: Sizes, case: Case, ceiling: dict, held: dict) -> dict:
     """A case's line of the table."""
+    if reason := why_not(case.what):
+        return missing(case, reason)
     run, n, done = prepared(sizes, case, ceiling, held)
     return judged(case, done, timed(run, n), ceiling)
 
@@ -411,7 +470,12 @@ def by_kernel(sizes: Sizes, ceiling: dict, held: dict, end: float) -> dict:
     for case in [
         *(Case("forward", ep, weights, "uniform", T) for ep, weights, T in kinds),
         *(Case("backward", 8, BF16, "uniform", T) for T in (1024, 4096)),
+        *(Case("mosaic", 8, weights, "uniform", T) for weights in (BF16, FP8) for T in (64, 4096)),
+        Case("w8a8", 8, FP8, "uniform", 4096),
+        Case("mosaic back", 8, BF16, "uniform", 4096),
     ]:
+        if why_not(case.what):
+            continue
         if time.monotonic() > end:
             break
         try:
@@ -422,11 +486,15 @@ def by_kernel(sizes: Sizes, ceiling: dict, held: dict, end: float) -> dict:
     return found
 
 
-def experts_speed(dry: bool, minutes: float = 8) -> dict:
+def experts_speed(dry: bool, minutes: float) -> dict:
     """Ceilings, a row for every case, and the names of those that `minutes` did not suffice for."""
     end, sizes = time.monotonic() + 60 * minutes, DRY if dry else FULL
     ceiling = ceilings(sizes)
-    print(f"{ceiling['bytes_s'] / 1e12:.3f} TB/s copied, {ceiling['flop_s'] / 1e12:.1f} TFLOP/s", flush=True)
+    print(
+        f"{ceiling['bytes_s'] / 1e12:.3f} TB/s copied, {ceiling['flop_s'] / 1e12:.1f} TFLOP/s, of FP8 "
+        f"{ceiling['fp8_flop_s'] / 1e12:.1f} ({ceiling['fp8_is']})",
+        flush=True,
+    )
     print(HEAD, flush=True)
     held: dict = {}
     rows, left = [], []
@@ -451,7 +519,7 @@ def experts_speed(dry: bool, minutes: float = 8) -> dict:
         print("\n".join(map(line, made)), flush=True)
     times = {Case(*(row[f] for f in Case._fields)): row["ms"] for row in rows}
     for row in rows:
-        plain = times.get(Case(row["what"], row["ep"], BF16, row["routing"], row["tokens"]))
+        plain = times.get(Case(row["what"].replace("w8a8", "mosaic"), row["ep"], BF16, row["routing"], row["tokens"]))
         if row["weights"] == FP8 and row["ms"] and plain:
             row["faster_than_bfloat16"] = round(plain / row["ms"], 3)
     whats = list(dict.fromkeys(row["what"] for row in rows))
@@ -459,7 +527,7 @@ def experts_speed(dry: bool, minutes: float = 8) -> dict:
     print("\n" + "\n".join([HEAD, *map(line, sorted(rows, key=kind))]))
     print(f"not run: {', '.join(left) or 'none'}", flush=True)
     kernels = by_kernel(sizes, ceiling, held, end)
-    ours = [row for row in rows if row["what"] in ("forward", "backward")]
+    ours = [row for row in rows if row["what"] in OURS and row["what"] != "xla" and not why_not(row["what"])]
     return {
         "ceilings": ceiling,
         "rows": rows,

@@ -351,3 +351,4 @@ def test_the_accelerators_benchmark_runs_dry():
     assert done.returncode == 0, done.stderr
     parts = "golden_logits", "demo_text", "experts_error", "experts_speed", "model_speed"
     assert all(f"\n{part} {{" in done.stdout for part in parts)
+    assert any(line.startswith("mosaic ") and "none: Mosaic's" in line for line in done.stdout.splitlines())
