@@ -91,7 +91,7 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes(160, 8, 1536, 5120, (64, 4096, 1, 256, 1024, 8, 16384), 2**30, 8192)
-DRY = Sizes(32, 2, 32, 64, (4, 1), 2**16, 64)
+DRY = Sizes(32, 2, 64, 64, (4, 1), 2**16, 64)
 
 
 class Case(NamedTuple):
