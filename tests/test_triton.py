@@ -388,13 +388,6 @@ def test_tiles_divide_and_fit(N, K):
         assert made.stages * made.k * (made.m * x.itemsize + matrices * made.n * wide.itemsize) <= shared
 
 
-def test_measured_tiles_are_taken(monkeypatch):
-    found = [{"rows": r, "N": 3072, "K": 5120, "tile": [16, 64, 64, 4, s]} for r, s in ((1, 2), (64, 3))]
-    monkeypatch.setattr(tiles, "_measured", lambda device, kernel, weights: found)
-    made = lambda mean: tiles.tile("gate_up", H100, 232_448, mean, 3072, 5120, BFLOAT16, BFLOAT16)
-    assert (made(2).stages, made(60).stages) == (2, 3)
-
-
 # ---- compiled for GPUs that are not here
 
 

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, Shaped
 
 from glm_jax.kernels.routing import varying
+from glm_jax.kernels.tiles import measured
 
 try:
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -58,22 +59,62 @@ class Tiles:
     live: Int[Array, "1"]
 
 
-def tile(kernel: str, cores: int, mean: "int | float", N: int, K: int, x, weights, train: bool) -> Tile:
+def tile(
+    kernel: str,
+    cores: int,
+    mean: "int | float",
+    N: int,
+    K: int,
+    x,
+    weights,
+    train: bool,
+    device: str = "",
+) -> Tile:
     """The tile of a kernel on a GPU of so many multiprocessors, for experts with `mean` rows, whose matrices are [N,
-    K]; x and weights are dtypes. The height does not depend on the kernel."""
-    x, weights = jnp.dtype(x).itemsize, jnp.dtype(weights).itemsize
+    K]; x and weights are dtypes. All but its height is what was measured on this kind of device, if something was. The
+    height is by rule and does not depend on the kernel: rows stand in tiles once for all kernels of a pass."""
+    made = rule(kernel, cores, mean, N, K, x, weights, train)
+    for entry in measured("mosaic", device, kernel, mean, N, K, x, weights):
+        if entry["height"] == made.m and fits(kernel, entry["tile"], made.m, N, K, x, weights):
+            n, k, stages = entry["tile"]
+            return made._replace(n=n, k=k, stages=stages)
+    return made
+
+
+def rule(kernel: str, cores: int, mean: "int | float", N: int, K: int, x, weights, train: bool) -> Tile:
+    """The tile that is taken where none was measured."""
     # What is summed over rows takes 64 at a time.
     height = next((h for h in ((64,) if train else (16, 32, 64)) if mean <= h), 128)
     cut = lambda whole, *sizes: next(size for size in sizes if whole % size == 0)
     if kernel == "outer":
         n, k = cut(N, 128, 64), cut(K, 256, 128, 64)
-        stage, fixed = 2 * 64 * (n + k), 4 * n * k // 2
     else:
-        side = N // 2 if kernel == "gate_up" else N
-        widened = x > weights
-        n, k = cut(side, 128, 64), cut(K, 128, 64) if weights == 1 and not (widened and height == 128) else 64
-        stage, fixed = k * (height * x + 2 * n * weights), 2 * n * height + (2 * n * k if widened else 0)
+        narrow = jnp.dtype(weights).itemsize == 1
+        widened = jnp.dtype(x).itemsize > jnp.dtype(weights).itemsize
+        n = cut(N // 2 if kernel == "gate_up" else N, 128, 64)
+        k = cut(K, 128, 64) if narrow and not (widened and height == 128) else 64
+    stage, fixed = shared_bytes(kernel, height, n, k, x, weights)
     return Tile(height, n, k, min(8, (ROOM - fixed) // stage), cores)
+
+
+def fits(kernel: str, sizes: list, height: int, N: int, K: int, x, weights) -> bool:
+    """Whether `sizes` are the n, k and stages of a tile that divides such matrices and has room in shared memory."""
+    if len(sizes) != 3 or not all(isinstance(size, int) for size in sizes):
+        return False
+    n, k, stages = sizes
+    if n not in (64, 128) or k not in (64, 128, 256) or not 2 <= stages <= 8:
+        return False
+    stage, fixed = shared_bytes(kernel, height, n, k, x, weights)
+    whole = N // 2 if kernel == "gate_up" else N
+    return whole % n == 0 and K % k == 0 and fixed + stages * stage <= ROOM
+
+
+def shared_bytes(kernel: str, height: int, n: int, k: int, x, weights) -> tuple[int, int]:
+    """Bytes of shared memory that each stage of a tile takes, and that the rest of it does."""
+    x, weights = jnp.dtype(x).itemsize, jnp.dtype(weights).itemsize
+    if kernel == "outer":
+        return 2 * HIGH * (n + k), 2 * n * k
+    return k * (height * x + 2 * n * weights), 2 * n * height + (2 * n * k if x > weights else 0)
 
 
 def tiles_of(sizes: Int[Array, "E"], rows: int, height: int, first: "int | Int[Array, '']") -> Tiles:
@@ -111,7 +152,7 @@ def _numbers(sizes, rows, height):
 
 def gate_up(
     x: Rows,
-    token: Int[Array, "P"],
+    token: "Int[Array, 'P'] | None",
     w: Shaped[Array, "G F2 D"],
     scales: "Float[Array, 'G F2'] | None",
     tiles: Tiles,
@@ -119,9 +160,9 @@ def gate_up(
     keep: bool = False,
     dtype: Any = None,
 ) -> tuple[Float[Array, "P F"], "Float[Array, 'P F2'] | None"]:
-    """silu(gate x) * up x for every row, x's row `token[p]`, zeros if it has none; gate is the first half of a tile's
-    matrix and up the second. In `dtype`, x's by default. `keep`: and the rows of gate and up themselves, for the
-    backward pass, else None. Rows in no tile are undefined."""
+    """silu(gate x) * up x for every row, x's row `token[p]` (default p), zeros if it has none; gate is the first half
+    of a tile's matrix and up the second. In `dtype`, x's by default. `keep`: and the rows of gate and up themselves,
+    for the backward pass, else None. Rows in no tile are undefined."""
     F = w.shape[1] // 2
     x, row_scales, dtype = _looked_up(x, token, dtype)
 
