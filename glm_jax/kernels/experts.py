@@ -133,7 +133,7 @@ class Plan(NamedTuple):
         x = x[0] if isinstance(x, tuple) else x
         sizes = rows / self.all_experts, N, K, x.dtype, weights.dtype
         if self.kernels is mosaic:
-            return mosaic.tile(kernel, choice.cores(self.kind), *sizes, self.train)
+            return mosaic.tile(kernel, choice.cores(self.kind), *sizes, self.train, self.kind)
         if self.kernels is megablox:
             return megablox.tile(kernel, self.kind, rows, *sizes)
         return tiles.tile(kernel, self.kind, choice.shared_memory(self.kind), *sizes)
