@@ -84,11 +84,12 @@ class Bucket(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A bucket's arrays; `run(arrays, tiles, tile)`, which multiplies them; of what it makes the rows that are defined
-    (None: all); and the least bytes and FLOP of it."""
+    """A bucket's arrays; `run(arrays, tiles, tile)`, which multiplies them; the shape of what it makes, in bfloat16, and
+    the rows of that that are defined (None: all); and the least bytes and FLOP of it."""
 
     arrays: dict
     run: Callable
+    shape: tuple
     mine: Any
     gb: float
     gflop: float
@@ -203,7 +204,7 @@ def case_of(bucket: Bucket, shared: int, held: dict) -> Case:
             sources = {"source_b" if of_up else "source_a": has["token"]} if by_triton else {}
             return (triton if by_triton else mosaic).outer(has["a"], has["b"], has["sizes"], tile, **sources)
 
-        return Case(arrays, outer, None, 2 * local * N * K / 1e9 + read_gb + made_gb, gflop)
+        return Case(arrays, outer, (local, N, K), None, 2 * local * N * K / 1e9 + read_gb + made_gb, gflop)
 
     at = 0 if which in ("up", "back through up") else 1
     w, scales = held[kind][at], held[kind][2]
@@ -231,11 +232,12 @@ def case_of(bucket: Bucket, shared: int, held: dict) -> Case:
 
     if by_triton and which in ("down", "back through up"):
         there = (ids[0].reshape(-1) >= 0)[:, None]
-    return Case(arrays, multiply, there, active * N * K * w.dtype.itemsize / 1e9 + read_gb + made_gb, gflop)
+    shape = len(order), N // 2 if kernel == "gate_up" else N
+    return Case(arrays, multiply, shape, there, active * N * K * w.dtype.itemsize / 1e9 + read_gb + made_gb, gflop)
 
 
 def looped(case: Case, bucket: Bucket, tile: Any, n: int) -> Any:
-    """n turns of a case, compiled: its layers in turn, of which XLA can take none out."""
+    """n turns of a case, its layers in turn, of which XLA can take none out."""
     module = triton if bucket.kernels == "triton" else mosaic
     local = bucket.model.E // EP
     M = case.arrays["place"].shape[0]
@@ -249,10 +251,9 @@ def looped(case: Case, bucket: Bucket, tile: Any, n: int) -> Any:
             has = arrays | {"sizes": arrays["sizes"] + more}
             return case.run(has, dataclasses.replace(tiles_made, matrix=matrix), tile)
 
-        shape = jax.eval_shape(lambda: case.run(arrays, tiles_made, tile))
-        return jax.lax.fori_loop(0, n, turn, jnp.zeros(shape.shape, shape.dtype))
+        return jax.lax.fori_loop(0, n, turn, jnp.zeros(case.shape, jnp.bfloat16))
 
-    return jax.jit(loop).lower(case.arrays).compile()
+    return jax.jit(loop)
 
 
 @jax.jit
@@ -277,7 +278,7 @@ def best_of(bucket: Bucket, shared: int, ceiling: dict, held: dict, most: int | 
 
     def compiled(sizes):
         try:
-            return looped(case, bucket, made_of(bucket, sizes, shared), n)
+            return looped(case, bucket, made_of(bucket, sizes, shared), n).lower(case.arrays).compile()
         except Exception as error:
             return error
 

@@ -102,7 +102,10 @@ def fits(kernel: str, sizes: list, height: int, N: int, K: int, x, weights) -> b
     if len(sizes) != 3 or not all(isinstance(size, int) for size in sizes):
         return False
     n, k, stages = sizes
-    if n not in (64, 128) or k not in (64, 128, 256) or not 2 <= stages <= 8:
+    # Of FP8 products no more than 128 are summed as WGMMA sums them.
+    if n not in (64, 128) or k not in ((64, 128) if jnp.dtype(x).itemsize == 1 else (64, 128, 256)):
+        return False
+    if not 2 <= stages <= 8:
         return False
     stage, fixed = shared_bytes(kernel, height, n, k, x, weights)
     whole = N // 2 if kernel == "gate_up" else N
