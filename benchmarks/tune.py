@@ -84,8 +84,8 @@ class Bucket(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A bucket's arrays; `run(arrays, tiles, tile)`, which multiplies them; the shape of what it makes, in bfloat16, and
-    the rows of that that are defined (None: all); and the least bytes and FLOP of it."""
+    """A bucket's arrays; `run(arrays, tiles, tile)`, which multiplies them; the shape of what it makes, in bfloat16; of
+    that the rows that are defined (None: all); and the least bytes and FLOP of it."""
 
     arrays: dict
     run: Callable
@@ -144,12 +144,12 @@ def candidates(bucket: Bucket, shared: int) -> list:
             # Sums of up to half a thread's registers; at least one matrix instruction a warp.
             if 4 <= of_sums(n, warps) <= 128 and n >= 8 * warps
         ]
-    return list(
-        dict.fromkeys([first, *(t for t in found if tiles.fits(kernel, list(t), shared, N, K, states, weights))])
-    )
+    ok = lambda sizes: tiles.fits(kernel, list(sizes), shared, N, K, states, weights)
+    return list(dict.fromkeys([first, *filter(ok, found)]))
 
 
 def rule(bucket: Bucket, shared: int) -> Any:
+    """The tile that its kernels take where none was measured."""
     _, kernel, which, weights, states, mean, N, K, _ = bucket
     if bucket.kernels == "mosaic":
         train = which not in ("up", "down")
