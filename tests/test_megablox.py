@@ -303,7 +303,7 @@ def test_lowered_for_a_tpu(x64):
 
 def is_sound(line):
     """VMEM with some to spare, and no temporary of the size of an expert stack: rows that are looked up, between gate
-    and down and answers, never weights. A token's step has less than a hundredth of one layer's."""
+    and down and answers, never weights. Of 64 tokens they are less than a fiftieth of one layer's."""
     c, of_training = preset(line["model"]), line["step"] == "train"
     F, D, wide = c.moe_intermediate_size, c.hidden_size, 4 if line["weights"] == "float32" else 2
     assert len(line["compiled"]) == (5 if of_training else 2)
@@ -313,7 +313,7 @@ def is_sound(line):
     width = 2 * D + 8 * F if of_training else 2 * D + F
     assert line["temporary_bytes"] < rows * width * wide + 3 * line["tokens"] * D * 4 + 4 * 2**20, line
     if line["tokens"] <= 64:
-        assert line["temporary_bytes"] < 0.01 * line["experts"] * 3 * F * D * wide, line
+        assert line["temporary_bytes"] < 0.02 * line["experts"] * 3 * F * D * wide, line
 
 
 @pytest.mark.parametrize(
