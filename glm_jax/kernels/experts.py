@@ -64,7 +64,9 @@ def routed_experts(
         return jnp.zeros((0, D), dtype)
     run: Any
     if chosen == "xla":
-        run = lambda x, ids, share: row_tiles.routed(x, ids, share, gate_up, down, layer, scales, activations)
+        run = lambda x, ids, share: row_tiles.routed(
+            x, ids, share, gate_up, down, layer, scales, activations, experts, kind
+        )
     else:
         plan = Plan(KERNELS[chosen], kind, gate_up.shape[1], experts or gate_up.shape[1], activations)
         run = lambda x, ids, share: _by_kernels(plan, x, ids, share, gate_up, down, layer, scales)
@@ -106,7 +108,7 @@ def grouped_matmul(
     if lhs.shape[0] == 0:
         return jnp.zeros((0, rhs.shape[2]), lhs.dtype)
     if chosen == "xla":
-        return row_tiles.grouped_matmul(lhs, rhs, group_sizes, layer, largest_group, scales)
+        return row_tiles.grouped_matmul(lhs, rhs, group_sizes, layer, largest_group, scales, None, kind)
     L, E, N, K = rhs.shape
     first = jnp.asarray(layer, jnp.int32) * E
     rhs = _for_kernels(rhs.reshape(L * E, N, K), kind)
