@@ -109,7 +109,14 @@ def _kind(name: str) -> str:
 
 
 def working_bytes(
-    config: Config, mesh, rules: Rules, rows: int, tokens: int, slots: int, fresh: bool = True
+    config: Config,
+    mesh,
+    rules: Rules,
+    rows: int,
+    tokens: int,
+    slots: int,
+    fresh: bool = True,
+    kernels: str = "auto",
 ) -> dict[str, int]:
     """Bytes of XLA's temporaries on one device in a step of `tokens` for each of `rows`, by what they are, at the point
     where they are most; of several tokens a prompt's first part, or a later one if not `fresh`. The terms are buffers
@@ -119,13 +126,13 @@ def working_bytes(
     kind = device_kind(mesh)
     tpu = kind.startswith("TPU")
     if kind in ("", "cpu"):
-        both = (_working_bytes(config, mesh, rules, rows, tokens, slots, fresh, tpu) for tpu in (False, True))
+        both = (_working_bytes(config, mesh, rules, rows, tokens, slots, fresh, kernels, tpu) for tpu in (False, True))
         return max(both, key=lambda terms: sum(terms.values()))
-    return _working_bytes(config, mesh, rules, rows, tokens, slots, fresh, tpu)
+    return _working_bytes(config, mesh, rules, rows, tokens, slots, fresh, kernels, tpu)
 
 
 def _working_bytes(
-    config: Config, mesh, rules: Rules, rows: int, tokens: int, slots: int, fresh: bool, tpu: bool
+    config: Config, mesh, rules: Rules, rows: int, tokens: int, slots: int, fresh: bool, kernels: str, tpu: bool
 ) -> dict[str, int]:
     c, wide = config, config.dtype.itemsize
     rules = rules_for(mesh, rules, tokens)
@@ -157,7 +164,8 @@ def _working_bytes(
     group, F = B * T * size(*own), c.moe_intermediate_size // size(rules.expert_ffn)
     at_once = min(group, rows_at_once(k, D)) * k
     stacks = [jax.ShapeDtypeStruct((max(1, c.moe_layers), 1, *sides), c.dtype) for sides in ((2, F, D), (D, F))]
-    by_kernels = choose("auto", device_kind(mesh), jax.ShapeDtypeStruct((1, D), c.dtype), stacks) != "xla"
+    chosen = choose(kernels, device_kind(mesh), jax.ShapeDtypeStruct((1, D), c.dtype), stacks)
+    by_kernels = chosen != "xla"
     if dispatch.sends(size(*own), device_kind(mesh)):
         in_and_out = held(group * D * wide) * ((3 if by_kernels else 4) if tpu else 2)
     else:
@@ -166,6 +174,8 @@ def _working_bytes(
         per_row = (2 * D + F) / D if by_kernels else (2 * D + 2 * F) / D
     else:
         per_row = (D + F) / D if by_kernels else (D + 3 * F) / D
+        if chosen == "mosaic":  # rows are looked up, and each expert's last tile of up to 128 is half empty
+            per_row, at_once = per_row + 1, at_once + 64 * min(at_once, c.n_routed_experts // size(rules.experts))
     experts = {"the expert group's tokens": in_and_out, "rows of the experts": int(held(at_once * D * wide) * per_row)}
     # A layer's slices of stacked weights.
     dense = 2 * D * c.intermediate_size // size(rules.ffn) * wide if c.dense_layers > 1 else 0
@@ -174,10 +184,10 @@ def _working_bytes(
     return always | max(phases, key=lambda terms: sum(terms.values()))
 
 
-def _temporaries(config: Config, mesh, rules: Rules, rows: int, slots: int) -> dict[str, int]:
+def _temporaries(config: Config, mesh, rules: Rules, rows: int, slots: int, kernels: str = "auto") -> dict[str, int]:
     """Of the step of generation that needs most: a prompt's first part, its last, or one token with a full cache."""
     steps = [(min(slots, PREFILL_CHUNK), True), (1, False)] + [(PREFILL_CHUNK, False)] * (slots > PREFILL_CHUNK)
-    needed = (working_bytes(config, mesh, rules, rows, tokens, slots, fresh) for tokens, fresh in steps)
+    needed = (working_bytes(config, mesh, rules, rows, tokens, slots, fresh, kernels) for tokens, fresh in steps)
     return max(needed, key=lambda terms: sum(terms.values()))
 
 
@@ -211,7 +221,8 @@ def refuse_if_no_room(model: GLM, batch: int, context: int) -> None:
     """Raises NoSpace if a cache of `context` tokens for `batch` rows, and the work on them, are more than what its
     devices have left."""
     cache = cache_on_device(model.config, model.mesh, model.rules, batch, context)
-    work = sum(_temporaries(model.config, model.mesh, model.rules, batch, context).values())
+    terms = _temporaries(model.config, model.mesh, model.rules, batch, context, model.kernels)
+    work = sum(terms.values())
     if cache + work > (free := free_bytes(model.mesh.local_devices[0])):
         raise NoSpace(
             f"{batch} x {context} tokens need {(cache + work) / GIB:.1f} GiB on each of {model.mesh.size} devices, "

@@ -134,8 +134,10 @@ def test_routed_experts(T, E, dtype):
         assert out.dtype == FLOAT32 and out.shape == x.shape
         # In bfloat16 gate, up, their product and each expert's answer are rounded, 4e-3 in the mean; one wrong number
         # of the 3,600 would make it 1.7e-2. In float32 nothing is rounded but the sums.
+        # The mean of a token or two, 24 numbers each, scatters.
         error = np.asarray(out - want)
-        assert np.sqrt((error**2).mean()) < (6e-3 if dtype == BFLOAT16 else 1e-6) * want.std()
+        bound = 1e-6 if dtype == FLOAT32 else 5e-3 if T > 2 else 6e-3
+        assert np.sqrt((error**2).mean()) < bound * want.std()
 
 
 @pytest.mark.parametrize("T", [7, 130])

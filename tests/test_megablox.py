@@ -267,7 +267,7 @@ def test_a_forced_kernel_that_cannot_run_says_why(kind, x, w, words, caplog):
         choice.choose("megablox", kind, x, [w])
     assert words in str(error.value)
     if kind.startswith("TPU"):
-        choice._say.cache_clear()
+        choice._SAID.clear()
         with caplog.at_level(logging.WARNING, "glm_jax"):
             assert choice.choose("auto", kind, x, [w]) == choice.choose("auto", kind, x, [w]) == "xla"
         assert len(caplog.messages) == 1
@@ -275,7 +275,7 @@ def test_a_forced_kernel_that_cannot_run_says_why(kind, x, w, words, caplog):
 
 def test_a_jax_without_the_lowering(monkeypatch):
     monkeypatch.setattr(megablox, "pltpu", None)
-    choice._say.cache_clear()
+    choice._SAID.clear()
     assert choice.choose("auto", "TPU v5", X, [W]) == "xla"
     with pytest.raises(UsageError, match=r"cannot run here: jax [\d.]+ has no Mosaic lowering for TPUs"):
         choice.choose("megablox", "TPU v5", X, [W])

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from jax import P
 from test_kernels import BFLOAT16, FLOAT32, SIZES, grouped_in_numpy, normal, routed_densely, routed_in_numpy
-from test_triton import BOUND, E4M3, H100, ROUNDED, case, distance, in_fp8, quantised, weights
+from test_triton import BOUND, E4M3, H100, ROUNDED, case, distance, in_fp8, is_rounded, quantised, weights
 
 from glm_jax import GLM
 from glm_jax.config import tiny
+from glm_jax.errors import UsageError
 from glm_jax.generation import lower_step
-from glm_jax.kernels import choice, grouped_matmul, mosaic, routed_experts, routing
+from glm_jax.kernels import choice, grouped_matmul, mosaic, routed_experts, routing, triton
 from glm_jax.sharding import abstract, mesh
 
 try:
@@ -41,15 +42,22 @@ def interpreted(monkeypatch):
 @interprets
 @pytest.mark.parametrize(
     "form, T",
-    [("plain", 1), ("plain", 20), pytest.param("fp8", 1, marks=pytest.mark.slow), ("fp8", 20), ("fp8 activations", 20)],
+    [
+        ("plain", 1),
+        ("plain", 20),
+        ("float16", 20),
+        pytest.param("fp8", 1, marks=pytest.mark.slow),
+        ("fp8", 20),
+        ("fp8 activations", 20),
+    ],
 )
 def test_routed_experts(interpreted, T, form):
     """With NaN in every matrix that nobody chose, and ids of other devices."""
-    x, ids, share, gate_up, down = case(T, 5, 128, 64, BFLOAT16, k=3)
+    x, ids, share, gate_up, down = case(T, 5, 128, 64, np.dtype("float16") if form == "float16" else BFLOAT16, k=3)
     ids[ids == 2] -= 7
     ids[0, 0] = 1
     wide, scales = (gate_up, down), None
-    if form != "plain":
+    if "fp8" in form:
         (gate_up, a), (down, b) = quantised(gate_up), quantised(down)
         wide, scales = (
             [w.astype(np.float64) * s[..., None] for w, s in ((gate_up, a), (down, b))],
@@ -61,6 +69,37 @@ def test_routed_experts(interpreted, T, form):
     out = jax.jit(lambda *a: routed_experts(*a, *options))(x, ids, share, gate_up, down, 1)
     want = routed_in_numpy(x, ids, share, wide[0][1], wide[1][1], in_fp8 if activations is not None else lambda r: r)
     assert distance(out, want) < (ROUNDED if activations is not None else BOUND[BFLOAT16])
+    if activations is not None:
+        rest = "mosaic", H100, None, activations
+        assert is_rounded(jax.jit(lambda *a: routed_experts(*a[:6], jnp.float32, a[6], *rest)))
+
+
+@interprets
+def test_degenerate_routing_and_the_same_bits(interpreted):
+    """All tokens to one expert, whose rows fill several tiles; nobody here; one expert; no tokens; and twice the
+    same."""
+    x, ids, share, gate_up, down = case(40, 3, 64, 64, BFLOAT16, L=1, k=2)
+    run = jax.jit(lambda *a: routed_experts(*a, implementation="mosaic", device=H100))
+    ids[:] = 1, 7
+    first = run(x, ids, share, gate_up, down)
+    assert distance(first, routed_in_numpy(x, ids, share, gate_up[0], down[0])) < BOUND[BFLOAT16]
+    assert np.array_equal(first, run(x, ids, share, gate_up, down))
+    assert not np.asarray(run(x, np.full_like(ids, -1), share, gate_up, down)).any()
+    one = run(x, ids[:, :1] - 1, share[:, :1], gate_up[:, 1:2], down[:, 1:2])
+    assert distance(one, np.asarray(first, np.float64)) < 1e-6
+    assert run(x[:0], ids[:0], share[:0], gate_up, down).shape == (0, 64)
+
+
+@interprets
+def test_inside_shard_map(interpreted):
+    """Of one device: the interpreter knows no two at once. Of eight, below."""
+    x, ids, share, gate_up, down = case(6, 4, 64, 64, BFLOAT16, L=1, k=2)
+    specs = (P(), P(), P(), P(None, "expert"), P(None, "expert"))
+    run = lambda *a: routed_experts(*a, implementation="mosaic", device=H100)
+    with jax.set_mesh(mesh("expert=1")):
+        args = [jax.device_put(a, s) for a, s in zip((x, ids, share, gate_up, down), specs, strict=True)]
+        out = jax.jit(jax.shard_map(run, in_specs=specs, out_specs=P(), check_vma=False))(*args)
+    assert distance(out, routed_in_numpy(x, ids, share, gate_up[0], down[0])) < BOUND[BFLOAT16]
 
 
 @interprets
@@ -224,12 +263,30 @@ def test_rows_are_spaced():
 X, W = weights(8, 5120), weights(89, 160, 2, 1536, 5120)
 
 
-def test_mosaic_is_for_hopper():
+def test_mosaic_is_for_hopper(monkeypatch):
     for kind, runs in ((H100, True), ("NVIDIA H200", True), ("NVIDIA A100-SXM4-80GB", False), ("NVIDIA B200", False)):
         assert bool(choice._why_not_mosaic(kind, X, [W])) != runs
     fp8 = weights(89, 160, 2, 1536, 5120, dtype="float8_e4m3fn")
     assert choice.choose("auto", H100, X, [fp8]) == "triton"
     assert choice.choose("auto", H100, X, [fp8], E4M3) == "mosaic"  # who multiplies FP8
+    for x, w, words in (
+        (weights(8, 96), weights(1, 4, 2, 96, 64), "a side of 96, which is no multiple of 64"),
+        (weights(8, 64, dtype="float32"), weights(1, 4, 2, 64, 64), "it multiplies bfloat16 or float16, not float32"),
+        (X, weights(1, 4, 2, 64, 64, dtype="float16"), "weights of float16 with states of bfloat16"),
+    ):
+        with pytest.raises(UsageError, match="kernels 'mosaic' cannot run here") as error:
+            choice.choose("mosaic", H100, x, [w])
+        assert words in str(error.value)
+    with pytest.raises(
+        UsageError, match="it needs an NVIDIA GPU of compute capability 9.0, the device is 'NVIDIA B200'"
+    ):
+        choice.choose("mosaic", "NVIDIA B200", X, [W])
+    monkeypatch.setattr(triton, "plgpu", None)
+    assert choice.choose("auto", H100, X, [W]) == "mosaic"
+    monkeypatch.setattr(mosaic, "plgpu", None)
+    with pytest.raises(UsageError, match="has no Mosaic lowering for GPUs"):
+        choice.choose("mosaic", H100, X, [W])
+    monkeypatch.undo()
     unaddressed = weights(1, 160, 2, 1536, 5120, dtype="float8_e4m3fn")
     assert choice.choose("auto", H100, X, [unaddressed]) == choice.choose("pallas", H100, X, [unaddressed]) == "mosaic"
 
@@ -246,8 +303,8 @@ def test_tiles_divide_and_fit():
         assert made.m == mosaic.tile("matmul", 132, mean, K, N, x, w, train).m
 
 
-@pytest.mark.parametrize("form", ["bfloat16", "fp8", "fp8 activations"])
-def test_lowered_for_a_gpu(form):
+@pytest.mark.parametrize("form, x64", [("bfloat16", False), ("fp8", True), ("fp8 activations", False)])
+def test_lowered_for_a_gpu(form, x64):
     """As on an H100 by the jax that is here, at which it finds layouts for everything; backward too."""
     device = abstract("data=1", H100).abstract_device
     wide = "bfloat16" if form == "bfloat16" else "float8_e4m3fn"
@@ -264,7 +321,8 @@ def test_lowered_for_a_gpu(form):
         return routed_experts(x, ids, share, gate_up, down, 1, jnp.float32, scales, **options).sum()
 
     at = (0, 1, 2, 3) if form == "bfloat16" else (0, 1)
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+    here = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.enable_x64(x64), jax.sharding.use_abstract_mesh(here):
         lowered = (
             jax.jit(jax.value_and_grad(loss, at)).trace(*args, *stacks, ids, scales).lower(lowering_platforms=("cuda",))
         )

@@ -1,6 +1,5 @@
 """Which implementation of the experts' matmuls a device gets, decided while tracing."""
 
-import functools
 import logging
 import re
 from typing import Any
@@ -103,7 +102,7 @@ def choose(implementation: str, kind: str, x: Any, weights: list, activations: A
     reason = why.get("triton") or next(iter(why.values()))
     if implementation != "auto":
         raise UsageError(f"kernels {implementation!r} cannot run here: {reason}; 'auto' takes what can")
-    _say(f"the experts' matmuls run without a kernel on {kind}: {reason}")
+    _say(kind, re.sub(r"[\d,.]+", "", reason), f"the experts' matmuls run without a kernel on {kind}: {reason}")
     return "xla"
 
 
@@ -167,6 +166,11 @@ def _why_not_megablox(kind, x, weights) -> str:
     return ""
 
 
-@functools.cache
-def _say(text: str) -> None:
-    logging.getLogger("glm_jax").warning(text)
+_SAID: set[tuple[str, str]] = set()
+
+
+def _say(kind: str, what: str, text: str) -> None:
+    """Once for each kind of device and reason, whatever its numbers."""
+    if (kind, what) not in _SAID:
+        _SAID.add((kind, what))
+        logging.getLogger("glm_jax").warning(text)

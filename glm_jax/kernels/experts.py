@@ -51,6 +51,8 @@ def routed_experts(
     published FP8 checkpoints are served (W8A8); gradients pass through the rounding. A row of h is what this device has
     of it. Raises UsageError for an `implementation` that is none or cannot run there, and for FP8 weights without
     scales."""
+    x, ids, share, gate_up, down = map(jnp.asarray, (x, ids, share, gate_up, down))
+    scales = None if scales is None else (jnp.asarray(scales[0]), jnp.asarray(scales[1]))
     (T, D), k = x.shape, ids.shape[1]
     if (scales is None) != (gate_up.dtype.itemsize > 1 and down.dtype.itemsize > 1):
         raise UsageError(f"weights of {gate_up.dtype} and {down.dtype} with{'out' if scales is None else ''} scales")
@@ -60,8 +62,8 @@ def routed_experts(
             f"activations of {jnp.dtype(activations)}; they are float8_e4m3fn, with weights of that and scales"
         )
     chosen = choice.choose(implementation, kind, x, [gate_up, down], activations)
-    if T == 0:
-        return jnp.zeros((0, D), dtype)
+    if T == 0 or k == 0:
+        return jnp.zeros((T, D), dtype)
     run: Any
     if chosen == "xla":
         run = lambda x, ids, share: row_tiles.routed(
@@ -101,6 +103,8 @@ def grouped_matmul(
     `layer` is 0..L-1. Rows past the last group come out as zeros. Sums are in float32, the result has lhs's dtype.
     `largest_group`, if the caller knows a bound (default M), says up to which height tiles are compiled. The other
     arguments and the errors are those of `routed_experts`."""
+    lhs, rhs, group_sizes = map(jnp.asarray, (lhs, rhs, group_sizes))
+    scales = None if scales is None else jnp.asarray(scales)
     if (scales is None) != (rhs.dtype.itemsize > 1):
         raise UsageError(f"weights of {rhs.dtype} with{'out' if scales is None else ''} scales")
     kind = choice.kind_here(lhs, rhs) if device is None else device

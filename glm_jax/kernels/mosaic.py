@@ -402,7 +402,7 @@ def _streamed(grid, steps, warpgroups, stages, fetch, compute, full, empty):
     fetch(index, step, slot, barrier) starts a step's copies. compute(index, steps, warpgroup, come, release) makes a
     point: come(step) waits for a step's blocks and says where they are, release(step) gives their place back, once for
     each step in their order."""
-    warpgroup = lax.axis_index("warpgroup")
+    warpgroup, ring = lax.axis_index("warpgroup"), jnp.int32(stages)
     registers = min(256, (512 - MEMORY_REGISTERS) // warpgroups) // 8 * 8
 
     @pl.when(warpgroup == warpgroups)
@@ -412,7 +412,7 @@ def _streamed(grid, steps, warpgroups, stages, fetch, compute, full, empty):
         @plgpu.nd_loop(grid, collective_axes="core", init_carry=jnp.int32(0))
         def done(loop, carry):
             def step(i, before):
-                slot = lax.rem(before, stages)
+                slot = lax.rem(before, ring)
                 pl.when(before >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
                 fetch(loop.index, i, slot, full.at[slot])
                 return before + 1
@@ -420,7 +420,7 @@ def _streamed(grid, steps, warpgroups, stages, fetch, compute, full, empty):
             return lax.fori_loop(0, steps(loop.index), step, carry)
 
         # A barrier is left as it was found: every phase of it seen.
-        last = lambda i, _: plgpu.barrier_wait(empty.at[lax.rem(i, stages)])
+        last = lambda i, _: plgpu.barrier_wait(empty.at[lax.rem(i, ring)])
         lax.fori_loop(jnp.maximum(done - stages, 0), done, last, None)
 
     @pl.when(warpgroup < warpgroups)
@@ -430,11 +430,11 @@ def _streamed(grid, steps, warpgroups, stages, fetch, compute, full, empty):
         @plgpu.nd_loop(grid, collective_axes="core", init_carry=jnp.int32(0))
         def _(loop, carry):
             def come(i):
-                slot = lax.rem(carry + i, stages)
+                slot = lax.rem(carry + i, ring)
                 plgpu.barrier_wait(full.at[slot])
                 return slot
 
-            release = lambda i: plgpu.barrier_arrive(empty.at[lax.rem(carry + i, stages)])
+            release = lambda i: plgpu.barrier_arrive(empty.at[lax.rem(carry + i, ring)])
             count = steps(loop.index)
             compute(loop.index, count, warpgroup, come, release)
             return carry + count

@@ -36,11 +36,12 @@ look_up.defvjp(lambda x, source, places: (look_up(x, source, places), places), _
 
 
 def quantised(x: Float[Array, "A K"]) -> "tuple[Shaped[Array, 'A K'], Float[Array, 'A']]":
-    """Rows as e4m3 numbers and each row's scale, its largest magnitude over 448 (1 of a row of zeros): the dynamic
+    """Rows as e4m3 numbers and each row's scale, its largest magnitude over 448 (1 of a row of zeros, or of numbers so
+    small that their scale would be no normal float32, which become zeros): the dynamic
     per-token activations of compressed-tensors."""
     wide = x.astype(jnp.float32)
     most = jnp.abs(wide).max(1)
-    scale = jnp.where(most > 0, most / E4M3_MAX, 1)
+    scale = jnp.where(most > E4M3_MAX * jnp.finfo(jnp.float32).tiny, most / E4M3_MAX, 1)
     return (wide / scale[:, None]).astype(jnp.float8_e4m3fn), scale
 
 
