@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -544,16 +545,38 @@ def _run(mine: Sequence[int], jobs: Sequence[tuple], log: Journal, on_event: Eve
 
 def in_parallel(one: Callable[[Any], None], those: Iterable[Any], workers: int, stop: threading.Event) -> None:
     """Calls `one` with each of those, some at once. What goes wrong in one sets `stop` for the others and is raised."""
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    with _asked_to_end() as asked, concurrent.futures.ThreadPoolExecutor(workers) as pool:
         try:
-            # A Ctrl-C while a thread is being started leaves one that the pool does not know of: `stop` ends it too.
-            pending = [pool.submit(one, it) for it in those]
-            for future in concurrent.futures.as_completed(pending):
-                future.result()
+            # What is raised while a thread is started leaves one that the pool does not know of: `stop` ends it too.
+            pending = {pool.submit(one, it) for it in those}
+            while pending:
+                done, pending = concurrent.futures.wait(pending, 0.1, concurrent.futures.FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                if asked:
+                    raise KeyboardInterrupt
         except BaseException:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+@contextlib.contextmanager
+def _asked_to_end():
+    """A list that grows with every Ctrl-C, which raises nothing meanwhile: raised anywhere in a pool it could leave a
+    lock taken, and in a destructor it is lost. For the main thread, which alone is sent signals."""
+    asked: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield asked
+        return
+    signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def finish(folder: Path, target: Path, manifest: Manifest) -> None:

@@ -1039,6 +1039,21 @@ def test_an_interruption_while_threads_start_ends_them_too():
     assert ended.is_set()
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_ctrl_c_raises_nothing_inside_the_pool(last):
+    """Where it could leave a lock taken or be lost, but when the pool has been told, or has ended."""
+    stop, before = threading.Event(), signal.getsignal(signal.SIGINT)
+
+    def one(_):
+        assert signal.getsignal(signal.SIGINT) != before
+        os.kill(os.getpid(), signal.SIGINT)
+        assert last or stop.wait(60)
+
+    with pytest.raises(KeyboardInterrupt):
+        in_parallel(one, range(1), 1, stop)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
 @pytest.mark.slow
 def test_ctrl_c_leaves_what_the_same_command_goes_on_with(tmp_path):
     x = random_tensors(tiny(**SMALL | dict(vocab_size=400_000)))
