@@ -36,6 +36,7 @@ TRITON: list[tuple] = [
     *[("l4", "glm-4.5-air", "bfloat16", 16, "decode", T) for T in (1, 64, 4096)],
     ("l4", "glm-4.5-air", "float8_e4m3fn", 16, "decode", 64),
     *[(d, "glm-4.6", "bfloat16", 20, "train", 4096) for d in ("a100", "l4")],
+    *[(d, "glm-4.6", "float8_e4m3fn", 20, "train", T) for d, T in (("h100", 64), ("h100", 4096), ("a100", 4096))],
 ]
 # "fp8 activations" are FP8 weights too.
 MOSAIC: list[tuple] = [

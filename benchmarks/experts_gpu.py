@@ -39,7 +39,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from glm_jax.kernels import choice, mosaic, routed_experts  # noqa: E402
+from glm_jax.kernels import choice, mosaic, routed_experts, triton  # noqa: E402
 
 DRAWS = 4  # of routing, that a loop goes through in turn
 HUGE = 1e30  # no number here is: what a turn's answer is compared with, so that none can be left out or taken together
@@ -115,7 +115,9 @@ def layers(ep: int, weights: str) -> int:
 
 def implementation() -> str:
     """The kernels on an NVIDIA GPU, so that a case that does not get them is an error; else what there is."""
-    return "triton" if "NVIDIA" in jax.devices()[0].device_kind else "auto"
+    if "NVIDIA" not in jax.devices()[0].device_kind:
+        return "auto"
+    return "triton" if triton.plgpu is not None else "mosaic"
 
 
 def why_not(what: str) -> str:

@@ -74,7 +74,8 @@ class Bucket(NamedTuple):
     @property
     def key(self) -> dict:
         """What an entry of the file is known by."""
-        return {name: getattr(self, name) for name in ("kernels", "kernel", "weights", "states", "rows", "N", "K")}
+        names = ("kernels", "kernel", "weights", "states", "rows", "N", "K")
+        return {name: getattr(self, name) for name in names} | {"axis": 0 if self.which.startswith("back") else 1}
 
     def __str__(self):
         return (

@@ -30,7 +30,7 @@ from test_kernels import (
 
 from glm_jax.config import preset
 from glm_jax.errors import UsageError
-from glm_jax.kernels import choice, experts, grouped_matmul, routed_experts, rows_at_once, tiles, triton
+from glm_jax.kernels import choice, experts, grouped_matmul, megablox, routed_experts, rows_at_once, tiles, triton
 from glm_jax.kernels.mosaic import tile as mosaic_tile
 from glm_jax.kernels.routing import quantised as quantised_rows
 from glm_jax.kernels.triton import Tile
@@ -286,6 +286,33 @@ def test_inside_shard_map(interpreted, T):
         args = [jax.device_put(a, s) for a, s in zip((x, ids, share, gate_up, down), specs, strict=True)]
         out = jax.jit(on_mesh)(*args)
     assert distance(out, routed_in_numpy(x, ids, share, gate_up[1], down[1])) < BOUND[FLOAT32]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", [triton, megablox], ids=["triton", "megablox"])
+def test_gradients_inside_shard_map(interpreted, monkeypatch, kernels):
+    """On eight devices too, where the shares of a replicated token's gradient are summed by hand."""
+    monkeypatch.setattr(kernels, "INTERPRET", True)
+    x, ids, share, gate_up, down = case(24, 16, 32, 64, FLOAT32, k=3)
+    pull = normal((24, 32), seed=1)
+    name = kernels.__name__.rsplit(".", 1)[-1]
+
+    def gradients(x, share, gate_up, down, ids, pull):
+        mine = ids - jax.lax.axis_index("expert") * down.shape[1]
+        run = lambda x, *rest: routed_experts(x, mine, *rest, jnp.int32(1), implementation=name)
+        dx, dshare, *own = jax.vjp(run, x, share, gate_up, down)[1](pull)
+        return jax.lax.psum((dx, dshare), ("expert", "tensor")), tuple(own)
+
+    stacks = P(None, "expert", None, "tensor", None), P(None, "expert", None, "tensor")
+    specs = (P(), P(), *stacks, P(), P())
+    with jax.set_mesh(mesh("expert=4,tensor=2")):
+        on_mesh = jax.shard_map(gradients, in_specs=specs, out_specs=((P(), P()), stacks), check_vma=False)
+        args = zip((x, share, gate_up, down, ids, pull), specs, strict=True)
+        (dx, dshare), own = jax.jit(on_mesh)(*[jax.device_put(a, s) for a, s in args])
+    theirs = lambda x, share, gate_up, down: (routed_densely(x, ids, share, gate_up[1], down[1]) * pull).sum()
+    want = jax.jit(jax.grad(theirs, (0, 1, 2, 3)))(x, share, gate_up, down)
+    for g, w in zip((dx, dshare, *own), want, strict=True):
+        assert distance(g, np.asarray(w)) < 5e-6
 
 
 def test_every_e4m3_number_from_its_byte():

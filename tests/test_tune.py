@@ -19,6 +19,7 @@ N, K = 3072, 5120
 ONE = {
     "kernels": "triton",
     "kernel": "gate_up",
+    "axis": 1,
     "weights": "bfloat16",
     "states": "bfloat16",
     "rows": 12,
@@ -60,6 +61,9 @@ def test_the_nearest_measured_tile_is_taken(measured):
     for mean, n, wide in ((800, N, BFLOAT16), (2, N // 4, BFLOAT16), (2, N, E4M3)):  # nothing near them
         assert by_triton(mean, n, wide=wide) == rule(mean, n, wide)
     assert by_triton(2, device="NVIDIA H200") == rule(2, N, BFLOAT16)
+    read = lambda axis: tiles.tile("matmul", H100, SHARED, 12, N, K, BFLOAT16, BFLOAT16, axis)
+    measured({"kernel": "matmul", "axis": 0, "tile": [32, 64, 64, 4, 2]})
+    assert read(0) == triton.Tile(32, 64, 64, 4, 2) != read(1)  # a matrix that is read the other way is another's
 
 
 @pytest.mark.parametrize(
@@ -153,5 +157,5 @@ def test_the_tuner_runs_dry(monkeypatch, capsys, measured):
     measured(*found)
     for e in found:
         x, w = jnp.dtype(e["states"]), jnp.dtype(e["weights"])
-        made = tiles.tile(e["kernel"], H100, SHARED, e["rows"], e["N"], e["K"], x, w)
+        made = tiles.tile(e["kernel"], H100, SHARED, e["rows"], e["N"], e["K"], x, w, e["axis"])
         assert e["ms"] > 0 and e["out"] == 0 and list(vars(made).values()) == e["tile"]

@@ -135,14 +135,14 @@ class Plan(NamedTuple):
     activations: Any = None
     train: bool = False
 
-    def tile(self, kernel: str, rows: int, N: int, K: int, x, weights) -> Any:
+    def tile(self, kernel: str, rows: int, N: int, K: int, x, weights, axis: int = 1) -> Any:
         x = x[0] if isinstance(x, tuple) else x
         sizes = rows / self.all_experts, N, K, x.dtype, weights.dtype
         if self.kernels is mosaic:
-            return mosaic.tile(kernel, choice.cores(self.kind), *sizes, self.train, self.kind)
+            return mosaic.tile(kernel, choice.cores(self.kind), *sizes, self.train, self.kind, axis)
         if self.kernels is megablox:
             return megablox.tile(kernel, self.kind, rows, *sizes)
-        return tiles.tile(kernel, self.kind, choice.shared_memory(self.kind), *sizes)
+        return tiles.tile(kernel, self.kind, choice.shared_memory(self.kind), *sizes, axis)
 
     def rounded(self, x):
         """Rows as they are multiplied: where FP8 is not, as numbers of their own dtype."""
@@ -258,7 +258,7 @@ def _rows_back(plan, sizes, first, M, expert, dy, w, scales, source=None, choice
     if scales is not None:  # of the side that is contracted now
         rows = dy if source is None else dy.at[source].get(mode="fill", fill_value=0)
         dy, source = (rows.astype(jnp.float32) * scales[first + expert]).astype(dy.dtype), None
-    tile = plan.tile("matmul", M, w.shape[2], w.shape[1], dy, w)
+    tile = plan.tile("matmul", M, w.shape[2], w.shape[1], dy, w, 0)
     made = plan.kernels.tiles_of(sizes, M, tile.m, first)
     return plan.kernels.matmul(dy, w, None, made, tile, axis=0, source=source, choices=choices)
 
@@ -293,7 +293,7 @@ def _grouped_matmul_backward(plan, saved, dy):
     plan = plan._replace(train=True)
     lhs, rhs, scales, sizes, first = saved
     M = lhs.shape[0]
-    source, choices = _grouped_rows(plan, sizes, M, plan.tile("matmul", M, rhs.shape[2], rhs.shape[1], dy, rhs))
+    source, choices = _grouped_rows(plan, sizes, M, plan.tile("matmul", M, rhs.shape[2], rhs.shape[1], dy, rhs, 0))
     expert = None
     if scales is not None:
         expert = jnp.minimum((jnp.arange(M)[:, None] >= jnp.cumsum(sizes)).sum(1), plan.E - 1)

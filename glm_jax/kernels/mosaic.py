@@ -69,12 +69,14 @@ def tile(
     weights,
     train: bool,
     device: str = "",
+    axis: int = 1,
 ) -> Tile:
     """The tile of a kernel on a GPU of so many multiprocessors, for experts with `mean` rows, whose matrices are [N,
-    K]; x and weights are dtypes. All but its height is what was measured on this kind of device, if something was. The
-    height is by rule and does not depend on the kernel: rows stand in tiles once for all kernels of a pass."""
+    K], or with `axis` 0 lie as [K, N]; x and weights are dtypes. All but its height is what was measured on this kind
+    of device, if something was. The height is by rule and does not depend on the kernel: rows stand in tiles once for
+    all kernels of a pass."""
     made = rule(kernel, cores, mean, N, K, x, weights, train)
-    for entry in measured("mosaic", device, kernel, mean, N, K, x, weights):
+    for entry in measured("mosaic", device, kernel, mean, N, K, x, weights, axis):
         if entry["height"] == made.m and fits(kernel, entry["tile"], made.m, N, K, x, weights):
             n, k, stages = entry["tile"]
             return made._replace(n=n, k=k, stages=stages)

@@ -1,9 +1,9 @@
 """Which tiles a kernel takes: what was measured for the device's kind and a shape near this one, or a rule.
 
 `measured/KIND.json`, which benchmarks/tune.py writes, is a list of entries {"kernels": "triton", "kernel": "gate_up",
-"weights": "bfloat16", "states": "bfloat16", "rows": 12, "N": 3072, "K": 5120, "tile": [16, 64, 128, 4, 4]}, rows an
-expert's mean. Of Mosaic's a tile is [n, k, stages] and "height" what it was measured at: heights are by rule alone.
-There is none yet. Here are the rules for Triton; those for Mosaic are `mosaic.rule`."""
+"axis": 1, "weights": "bfloat16", "states": "bfloat16", "rows": 12, "N": 3072, "K": 5120, "tile": [16, 64, 128, 4, 4]},
+rows an expert's mean. Of Mosaic's a tile is [n, k, stages] and "height" what it was measured at: heights are by rule
+alone. There is none yet. Here are the rules for Triton; those for Mosaic are `mosaic.rule`."""
 
 import functools
 import json
@@ -41,10 +41,10 @@ MEASURED = resources.files("glm_jax.kernels") / "measured"
 REACH = {"rows": 5, "N": 2, "K": 2}  # times as many or few, at most: an entry further away says nothing here
 
 
-def tile(kernel: str, device: str, shared: int, mean: "int | float", N: int, K: int, x, weights) -> Tile:
+def tile(kernel: str, device: str, shared: int, mean: "int | float", N: int, K: int, x, weights, axis: int = 1) -> Tile:
     """The tile of a kernel on a kind of device with so many bytes of shared memory a block, for experts with `mean`
-    rows, whose matrices are [N, K]; x and weights are dtypes."""
-    for entry in measured("triton", device, kernel, mean, N, K, x, weights):
+    rows, whose matrices are [N, K], or with `axis` 0 lie as [K, N]; x and weights are dtypes."""
+    for entry in measured("triton", device, kernel, mean, N, K, x, weights, axis):
         if fits(kernel, entry["tile"], shared, N, K, x, weights):
             return Tile(*entry["tile"])
     return rule(kernel, shared, mean, N, K, x, weights)
@@ -85,10 +85,13 @@ def shared_bytes(kernel: str, made: Tile, x, weights) -> int:
     return made.stages * made.k * (made.m * np.dtype(x).itemsize + matrices * made.n * np.dtype(weights).itemsize)
 
 
-def measured(kernels: str, device: str, kernel: str, mean: "int | float", N: int, K: int, x, weights) -> Iterator[dict]:
+def measured(
+    kernels: str, device: str, kernel: str, mean: "int | float", N: int, K: int, x, weights, axis: int = 1
+) -> Iterator[dict]:
     """What was measured for a kernel of "triton" or "mosaic" near a shape, the nearest first."""
     here = {"rows": min(max(mean, ROWS[0]), ROWS[-1]), "N": N, "K": K}
-    kind = {"kernels": kernels, "kernel": kernel, "weights": str(np.dtype(weights)), "states": str(np.dtype(x))}
+    dtypes = {"weights": str(np.dtype(weights)), "states": str(np.dtype(x))}
+    kind = {"kernels": kernels, "kernel": kernel, "axis": axis} | dtypes
     found = [e for e in entries(device) if kind.items() <= e.items()]
     away = lambda e: {name: abs(math.log2(e[name] / value)) for name, value in here.items()}
     near = [e for e in found if all(far <= math.log2(REACH[name]) for name, far in away(e).items())]
