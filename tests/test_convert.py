@@ -1042,16 +1042,20 @@ def test_an_interruption_while_threads_start_ends_them_too():
 @pytest.mark.parametrize("last", [False, True])
 def test_ctrl_c_raises_nothing_inside_the_pool(last):
     """Where it could leave a lock taken or be lost, but when the pool has been told, or has ended."""
-    stop, before = threading.Event(), signal.getsignal(signal.SIGINT)
+    stop, before = threading.Event(), signal.default_int_handler
+    ours = signal.signal(signal.SIGINT, before)  # a shell's background commands ignore it
 
     def one(_):
         assert signal.getsignal(signal.SIGINT) != before
         os.kill(os.getpid(), signal.SIGINT)
         assert last or stop.wait(60)
 
-    with pytest.raises(KeyboardInterrupt):
-        in_parallel(one, range(1), 1, stop)
-    assert signal.getsignal(signal.SIGINT) == before
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            in_parallel(one, range(1), 1, stop)
+        assert signal.getsignal(signal.SIGINT) == before
+    finally:
+        signal.signal(signal.SIGINT, ours)
 
 
 @pytest.mark.slow
@@ -1062,7 +1066,9 @@ def test_ctrl_c_leaves_what_the_same_command_goes_on_with(tmp_path):
     code += "read = streaming.read_exactly; streaming.read_exactly = lambda *a: (time.sleep(0.002), read(*a))[1]; "
     code += "from glm_jax.cli import main; sys.exit(main())"
     argv = [sys.executable, "-c", code, "convert", str(folder), str(tmp_path / "to"), "--mode", "copy"]
-    child = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background commands ignore it
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=heed)
     while not (tmp_path / ("to" + STAGING) / "journal-0.jsonl").exists():
         assert child.poll() is None, child.communicate()
         time.sleep(0.01)
