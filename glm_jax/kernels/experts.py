@@ -4,8 +4,7 @@ Which implementation runs is chosen while tracing (`choice`). "xla": loops over 
 (`row_tiles`). "triton": two Pallas kernels on NVIDIA GPUs (`triton`): gather, gate, up and SiLU; then down times the
 routing weight, into the order of the choices; a dense sum over each token's choices remains for XLA. "mosaic": two on
 Hopper (`mosaic`), and "megablox": two on TPUs (`megablox`), which leave the gather and the order of the choices to XLA
-too. The modules of kernels have the same
-functions; the experts' formula, forward and backward, is here."""
+too. The modules of kernels have the same functions; the experts' formula, forward and backward, is here."""
 
 import functools
 from typing import Any, NamedTuple

@@ -29,7 +29,8 @@ except ImportError:
     plgpu: Any = None
 
 # A jax before 0.11 asks where in it to load from.
-INDEX: dict = {"idx": ()} if plgpu is not None and "idx" in inspect.signature(plgpu.load).parameters else {}
+_idx = None if plgpu is None else inspect.signature(plgpu.load).parameters.get("idx")
+INDEX: dict = {"idx": ()} if _idx is not None and _idx.default is inspect.Parameter.empty else {}
 INTERPRET = False  # tests run the kernels on a CPU with it
 FEW = 0  # of few tokens rows are sorted too
 HIGH = 64  # a WGMMA's M
