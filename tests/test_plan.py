@@ -533,6 +533,17 @@ def test_the_plan_agrees_with_xla(i):
     agrees(json.loads(made.stdout.splitlines()[-1]))
 
 
+def test_room_is_for_the_kernels_that_were_asked_for():
+    """Triton's hold what is between gate and down, and the answers; Mosaic's the rows that were looked up as well;
+    plain XLA these padded, and gate and up."""
+    at, by = abstract("expert=16", CHIPS["h100"].kind), PRESETS["ep"]
+    rows = {
+        kernels: working_bytes(preset("glm-4.6"), at, by, 16, 512, 4096, kernels=kernels)["rows of the experts"]
+        for kernels in ("auto", "triton", "mosaic", "xla")
+    }
+    assert rows["auto"] == rows["triton"] < rows["mosaic"] and rows["triton"] < rows["xla"]
+
+
 def test_the_plan_agrees_with_all_that_was_compiled():
     lines = [json.loads(line) for line in (ROOT / "benchmarks/results/compile.jsonl").read_text().splitlines()]
     assert [tuple(line[field] for field in FIELDS) for line in lines] == CASES

@@ -110,6 +110,15 @@ def _is_gpu(kind: str) -> bool:
     return any(maker in kind for maker in ("NVIDIA", "AMD", "Radeon"))
 
 
+def _unfit(x, weights, multiple: int) -> str:
+    for w in weights:
+        if w.dtype not in (x.dtype, jnp.float8_e4m3fn):
+            return f"weights of {w.dtype} with states of {x.dtype}; it takes the same, or float8_e4m3fn"
+        if odd := [n for n in w.shape[-2:] if n % multiple]:
+            return f"a matrix has a side of {odd[0]}, which is no multiple of {multiple}"
+    return ""
+
+
 def _why_not_triton(kind, x, weights) -> str:
     found: Any = (9, 0) if triton.INTERPRET else capability(kind)
     if triton.plgpu is None:
@@ -120,11 +129,9 @@ def _why_not_triton(kind, x, weights) -> str:
         return f"it needs an NVIDIA GPU of compute capability 8.0 or more, the device is {kind or 'unknown'!r}"
     if x.dtype not in (jnp.bfloat16, jnp.float16) and not triton.INTERPRET:  # float32 has no tensor cores, and spills
         return f"it multiplies bfloat16 or float16, not {x.dtype}"
+    if reason := _unfit(x, weights, 16):
+        return reason
     for w in weights:
-        if w.dtype not in (x.dtype, jnp.float8_e4m3fn):
-            return f"weights of {w.dtype} with states of {x.dtype}; it takes the same, or float8_e4m3fn"
-        if odd := [n for n in w.shape[-2:] if n % 16]:
-            return f"a matrix has a side of {odd[0]}, which is no multiple of 16"
         if triton.offsets_overflow(w.shape, w.dtype):
             return (
                 f"{w.size:,} numbers of one byte in one array, more than 2^31 and in no more than 2^32 bytes, are what "
@@ -141,12 +148,7 @@ def _why_not_mosaic(kind, x, weights) -> str:
         return f"it needs an NVIDIA GPU of compute capability 9.0, the device is {kind or 'unknown'!r}"
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it multiplies bfloat16 or float16, not {x.dtype}"
-    for w in weights:
-        if w.dtype not in (x.dtype, jnp.float8_e4m3fn):
-            return f"weights of {w.dtype} with states of {x.dtype}; it takes the same, or float8_e4m3fn"
-        if odd := [n for n in w.shape[-2:] if n % mosaic.HIGH]:
-            return f"a matrix has a side of {odd[0]}, which is no multiple of {mosaic.HIGH}"
-    return ""
+    return _unfit(x, weights, mosaic.HIGH)
 
 
 def _why_not_megablox(kind, x, weights) -> str:
@@ -156,11 +158,9 @@ def _why_not_megablox(kind, x, weights) -> str:
         return f"it needs a TPU v4 or newer, the device is {kind or 'unknown'!r}"
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"it multiplies bfloat16 or float32, not {x.dtype}"
+    if reason := _unfit(x, weights, 16):
+        return reason
     for w in weights:
-        if w.dtype not in (x.dtype, jnp.float8_e4m3fn):
-            return f"weights of {w.dtype} with states of {x.dtype}; it takes the same, or float8_e4m3fn"
-        if odd := [n for n in w.shape[-2:] if n % 16]:
-            return f"a matrix has a side of {odd[0]}, which is no multiple of 16"
         if max(w.shape[-2:]) > (most := megablox.widest(kind, x.dtype)):
             return f"a matrix has a side of {max(w.shape[-2:]):,}; of {x.dtype} its memory on the chip holds {most:,}"
     return ""

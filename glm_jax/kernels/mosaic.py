@@ -1,7 +1,7 @@
 """The matmuls of routed experts on Hopper, as Pallas kernels through Mosaic GPU: one warpgroup that issues TMA copies
 and one or two that multiply with WGMMA.
 
-Rows stand sorted by expert, each expert's from a multiple of the tiles' height on (`routing.by_expert`), since a TMA
+Rows stand sorted by expert, each expert's from a multiple of the tiles' height on (`spaced`), since a TMA
 copy is a whole tile; the rows between are zeros. A weight's rows are what WGMMA calls M, 64 a warpgroup, and tokens its
 N, 8 to 256: so a tile of a few tokens wastes little, weights are read in the same way for every height, and FP8 weights
 can be widened in registers, which WGMMA takes for M alone. Results are turned around on their way out.
@@ -41,8 +41,8 @@ Rows = Any  # [rows, width], or of FP8 numbers that and the scale of each row
 
 
 class Tile(NamedTuple):
-    """Rows of a tile; a weight's rows and contracted numbers of a block, for `outer` a weight's
-    rows and columns and 64 rows at a time; blocks of each kind that are on their way; and multiprocessors."""
+    """Rows of a tile; a weight's rows and contracted numbers of a block, for `outer` a weight's rows and columns and 64
+    rows at a time; blocks of each kind that are on their way; and multiprocessors."""
 
     m: int
     n: int
@@ -54,7 +54,7 @@ class Tile(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Tile t is rows t * height to (t + 1) * height - 1, of matrix matrix[t] of the stack, for t < live[0]."""
+    """Tile t is rows t * m to (t + 1) * m - 1, m its height, of matrix matrix[t] of the stack, for t < live[0]."""
 
     matrix: Int[Array, "tiles"]
     live: Int[Array, "1"]
